@@ -1,0 +1,14 @@
+//! Who is in the mesh: keys, announcements and their admission.
+//!
+//! `key` and `keyfile` hold this node's secret, `announcement` is what a node says of itself, `admission`
+//! decides whom to believe, `publish` carries announcements to the others.
+
+pub mod admission;
+pub mod announcement;
+pub mod key;
+pub mod keyfile;
+pub mod publish;
+
+pub use admission::{Admission, Admitted, Authority, Claim, Incumbents, Refusal};
+pub use announcement::{Announcement, AnnouncementError, KeyClaim};
+pub use key::{KeyError, PresharedKey, PrivateKey, PublicKey};

@@ -1,0 +1,1 @@
+//! Carrying announcements to the other nodes.

@@ -1,0 +1,2 @@
+//! Margay.
+fn main() {}

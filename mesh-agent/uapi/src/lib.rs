@@ -1,0 +1,8 @@
+//! WireGuard's device model and its cross-platform UAPI (<https://www.wireguard.com/xplatform/>).
+//!
+//! `device` is what a device is and the operations on it, `codec` reads and writes the UAPI's text,
+//! `client` talks to a socket. The server side is mesh-datapath's.
+
+pub mod device;
+
+pub use device::{Device, Op, Peer, PeerUpdate};
