@@ -1,0 +1,225 @@
+//! `GET /v1/status` and friends: what the agent knows, with no secret in it.
+//!
+//! Paths: `/v1/status` → [`Status`]; `/v1/peers` → list of [`PeerStatus`]; `/v1/policies` → list of
+//! [`PolicyStatus`]; `/v1/events` → list of [`DenyEvent`] (newest last); `/v1/dump` → free-form JSON of
+//! snapshot and desired state; `POST /v1/sync` (control socket) → [`Synced`]: every source has been read
+//! again. Wait for enforcement by polling `/v1/status` until `generation.enforced >= Synced.generation`.
+
+use std::net::{IpAddr, SocketAddr};
+
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+
+/// The whole answer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Status {
+    /// This node's name.
+    pub node: String,
+    /// The agent's version.
+    pub version: String,
+    /// Seconds since the agent started.
+    pub uptime_seconds: u64,
+    /// How far the state of the sources has got.
+    pub generation: Generation,
+    /// The WireGuard devices.
+    pub devices: Vec<DeviceStatus>,
+    /// The peers, by name.
+    pub peers: Vec<PeerStatus>,
+    /// The sources of state.
+    pub sources: Vec<SourceStatus>,
+    /// The reconcilers, in the order they run.
+    pub reconcilers: Vec<ReconcilerStatus>,
+    /// Pods with an interface on this node.
+    pub endpoints: Vec<EndpointStatus>,
+    /// What is wrong, worst first.
+    pub issues: Vec<Issue>,
+}
+
+/// Snapshot numbers. They grow, and start anew when the agent does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Generation {
+    /// The newest snapshot of the sources.
+    pub snapshot: u64,
+    /// The newest snapshot that every reconciler has carried out without an error.
+    pub enforced: u64,
+    /// The newest snapshot whose policy is live in the kernel.
+    pub policy: u64,
+}
+
+/// One WireGuard device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct DeviceStatus {
+    /// Interface name.
+    pub name: String,
+    /// `userspace` or `kernel`.
+    pub kind: String,
+    /// `up`, `down` (link there but not up) or `absent` (no link, or nobody answers the UAPI socket).
+    pub state: String,
+    /// Base64.
+    pub public_key: Option<String>,
+    /// UDP port.
+    pub listen_port: u16,
+    /// Link MTU, bytes.
+    pub mtu: u32,
+}
+
+/// How a peer is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PeerState {
+    /// A handshake within the last 180 s (WireGuard's REJECT_AFTER_TIME).
+    Up,
+    /// No recent handshake and nothing to send: no traffic is not a fault.
+    Idle,
+    /// We send and no handshake completes.
+    Down,
+    /// Not programmed yet.
+    Unknown,
+}
+
+/// One peer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PeerStatus {
+    /// The Node's name.
+    pub name: String,
+    /// Base64.
+    pub public_key: String,
+    /// Device that carries it.
+    pub device: String,
+    /// Where it is reached now.
+    pub endpoint: Option<SocketAddr>,
+    /// What it owns.
+    pub allowed_ips: Vec<IpNet>,
+    /// Up, idle, down or unknown.
+    pub state: PeerState,
+    /// Seconds since the last handshake; none yet is absent.
+    pub handshake_age_seconds: Option<u64>,
+    /// Bytes received.
+    pub rx_bytes: u64,
+    /// Bytes sent.
+    pub tx_bytes: u64,
+    /// MTU towards it, bytes.
+    pub mtu: u32,
+}
+
+/// One source of state.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SourceStatus {
+    /// `directory`, `cni`, `local` …
+    pub name: String,
+    /// It has been read in full once; nothing is pruned before all are.
+    pub synced: bool,
+    /// Objects it holds.
+    pub objects: usize,
+}
+
+/// One reconciler.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ReconcilerStatus {
+    /// `links`, `addresses`, `routes`, `rules`, `sysctls`, `wireguard`, `masquerade`, `policy`.
+    pub name: String,
+    /// `pending`, `done` or `error`.
+    pub state: String,
+    /// Newest generation it has carried out.
+    pub generation: u64,
+    /// Changes it has made since start, repairs included.
+    pub operations: u64,
+    /// The last error, while in state `error`.
+    pub error: Option<String>,
+}
+
+/// One local pod.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct EndpointStatus {
+    /// `namespace/name`.
+    pub pod: String,
+    /// Host-side interface.
+    pub interface: String,
+    /// Its addresses.
+    pub addresses: Vec<IpAddr>,
+    /// `closed` (pod object not known yet), `open` (no policy selects it) or `policed`.
+    pub policy: String,
+}
+
+/// Something wrong, on an object.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Issue {
+    /// `Node/b`, `NetworkPolicy/ns/name`, `file nodes/x.yaml`, `device margay0` …
+    pub object: String,
+    /// The field at fault, as a path, or empty.
+    pub field: String,
+    /// A CamelCase word for programs.
+    pub reason: String,
+    /// A sentence for people.
+    pub message: String,
+}
+
+/// One policy and what it does here.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PolicyStatus {
+    /// `NetworkPolicy`.
+    pub kind: String,
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+    /// Local pods it selects, `namespace/name`.
+    pub selects: Vec<String>,
+    /// `Ingress`, `Egress`.
+    pub policy_types: Vec<String>,
+    /// Snapshot generation whose version of it is live here.
+    pub enforced: u64,
+    /// Why it is not enforced as written, if so (it then fails closed).
+    pub issue: Option<String>,
+}
+
+/// A packet that policy dropped.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct DenyEvent {
+    /// Unix time, milliseconds.
+    pub time_ms: u64,
+    /// The local pod, `namespace/name`, or the device.
+    pub endpoint: String,
+    /// `ingress` (to the pod) or `egress` (from it).
+    pub direction: String,
+    /// Source address.
+    pub src: IpAddr,
+    /// Destination address.
+    pub dst: IpAddr,
+    /// `TCP`, `UDP`, `SCTP`, `ICMP`, or a number.
+    pub protocol: String,
+    /// Source port, 0 if none.
+    pub src_port: u16,
+    /// Destination port, 0 if none.
+    pub dst_port: u16,
+    /// A CamelCase word: DefaultDeny, Spoofed, Closed …
+    pub reason: String,
+    /// The policies that isolate the endpoint, `namespace/name`.
+    pub policies: Vec<String>,
+}
+
+/// Answer of `POST /v1/sync`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Synced {
+    /// The snapshot that holds everything the sources had when the call came in.
+    pub generation: u64,
+}
+
+/// Body of every error answer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ApiError {
+    /// One sentence.
+    pub error: String,
+}
