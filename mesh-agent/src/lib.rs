@@ -1,1 +1,9 @@
-//! Margay.
+//! The control daemon: sources → snapshot → plan → reconcilers → status.
+//!
+//! `source` watches the outside, `snapshot` is all of it at one moment, `plan` turns it into `desired`
+//! without touching anything, `reconcile` makes the kernel and the datapath so, `status` says how that went
+//! and `api` tells it.
+
+pub mod desired;
+pub mod reconcile;
+pub mod snapshot;

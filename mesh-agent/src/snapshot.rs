@@ -1,0 +1,158 @@
+//! Everything the sources know at one moment. The only input of [`crate::plan`].
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+
+use ipnet::IpNet;
+use keyservice::{Incumbents, PublicKey};
+use mesh_api::status::{Issue, SourceStatus};
+
+/// Labels or annotations.
+pub type Labels = BTreeMap<String, String>;
+
+/// `namespace/name`.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ObjectRef {
+    /// Namespace.
+    pub namespace: String,
+    /// Name.
+    pub name: String,
+}
+
+impl std::fmt::Display for ObjectRef {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+/// All sources at one moment.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Snapshot {
+    /// Grows with every change; starts at 1.
+    pub generation: u64,
+    /// Every source has been read in full once. Nothing is pruned before.
+    pub synced: bool,
+    /// What the cluster's objects say (file source now, the API server later).
+    pub cluster: Cluster,
+    /// Pods that have an interface on this node, by host-side interface name.
+    pub endpoints: BTreeMap<String, Endpoint>,
+    /// What this node knows of itself.
+    pub local: Local,
+    /// For status.
+    pub sources: Vec<SourceStatus>,
+}
+
+/// The cluster's objects in the slim form the plan needs.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Cluster {
+    /// The cluster-wide wish, as it applies to this node (overrides by selector already merged).
+    pub mesh: crate::snapshot::MeshSpec,
+    /// Nodes by name.
+    pub nodes: BTreeMap<String, Node>,
+    /// Namespaces' labels by name (with `kubernetes.io/metadata.name`).
+    pub namespaces: BTreeMap<String, Labels>,
+    /// Pods.
+    pub pods: BTreeMap<ObjectRef, Pod>,
+    /// NetworkPolicies, in the policy engine's own model; a broken one is there too, failing closed.
+    pub policies: BTreeMap<ObjectRef, ebpf_policy::model::NetworkPolicy>,
+    /// What could not be read or was refused, by object and field.
+    pub issues: Vec<Issue>,
+}
+
+/// A Node object.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Node {
+    /// `metadata.uid`, where there is one.
+    pub uid: Option<String>,
+    /// Labels.
+    pub labels: Labels,
+    /// The `margay.io/` annotations.
+    pub annotations: Labels,
+    /// `spec.podCIDRs`.
+    pub pod_cidrs: Vec<IpNet>,
+    /// `status.addresses`, types InternalIP then ExternalIP.
+    pub internal_ips: Vec<IpAddr>,
+    /// `status.addresses` of type ExternalIP.
+    pub external_ips: Vec<IpAddr>,
+}
+
+/// A Pod object.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Pod {
+    /// `metadata.uid`, where there is one.
+    pub uid: Option<String>,
+    /// Labels.
+    pub labels: Labels,
+    /// `spec.nodeName`.
+    pub node: String,
+    /// `status.podIPs`, every entry.
+    pub ips: Vec<IpAddr>,
+    /// `spec.hostNetwork`.
+    pub host_network: bool,
+    /// Phase Succeeded or Failed: its addresses are no longer its own.
+    pub finished: bool,
+    /// `metadata.deletionTimestamp` is set.
+    pub terminating: bool,
+    /// Declared container ports (native-sidecar init containers' too): (name, number, protocol).
+    pub ports: Vec<(String, u16, String)>,
+}
+
+/// A pod's interface on this node, as CNI ADD made it (from the IPAM journal after a restart).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Endpoint {
+    /// The pod, as the runtime named it.
+    pub pod: ObjectRef,
+    /// CNI container id.
+    pub container_id: String,
+    /// Interface name in the pod.
+    pub ifname: String,
+    /// Host-side interface index; 0 when the link is gone.
+    pub ifindex: u32,
+    /// The pod end's MAC.
+    pub pod_mac: [u8; 6],
+    /// Its addresses.
+    pub ips: Vec<IpAddr>,
+}
+
+/// What this node knows of itself without asking the cluster.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Local {
+    /// This node's name.
+    pub node_name: String,
+    /// This node's public key.
+    pub public_key: Option<PublicKey>,
+    /// Whom it has admitted before.
+    pub incumbents: Incumbents,
+    /// Where peers were last heard from, learned by the datapath: a hint, by key.
+    pub learned_endpoints: BTreeMap<PublicKey, SocketAddr>,
+}
+
+/// The `spec` of MeshConfiguration `default` after defaulting; see `config/mesh.rs` for the object.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MeshSpec {
+    /// The cluster's pod ranges.
+    pub pools: Vec<IpNet>,
+    /// MTU of the mesh device and of pods, bytes.
+    pub mtu: u32,
+    /// UDP port of this node's WireGuard device.
+    pub listen_port: u16,
+    /// Seconds between keepalives to every peer; 0 for off.
+    pub persistent_keepalive: u16,
+    /// Masquerade what pods send out of the cluster.
+    pub masquerade: bool,
+    /// Destinations never masqueraded, besides the pools and the nodes.
+    pub masquerade_exceptions: Vec<IpNet>,
+}
+
+impl Default for MeshSpec {
+    fn default() -> Self {
+        Self {
+            pools: Vec::new(),
+            mtu: mesh_api::defaults::MTU,
+            listen_port: mesh_api::defaults::PORT,
+            persistent_keepalive: 0,
+            masquerade: true,
+            masquerade_exceptions: Vec::new(),
+        }
+    }
+}
