@@ -1,5 +1,7 @@
 //! What a node says of itself, as `margay.io/` annotations on its Node object.
 
+mod codec;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
@@ -29,6 +31,19 @@ pub const ANNOTATIONS: [&str; 5] = [
     ANNOTATION_CAPABILITIES,
     ANNOTATION_POD_CIDRS,
 ];
+
+/// Bytes any one of the annotations may have.
+pub const MAX_VALUE_LEN: usize = 16 * 1024;
+/// Keys a node may have: one, and its successor while it rotates.
+pub const MAX_KEYS: usize = 2;
+/// Endpoint candidates a node may name.
+pub const MAX_ENDPOINTS: usize = 16;
+/// Prefixes a node may wish for.
+pub const MAX_POD_CIDRS: usize = 16;
+/// Capabilities a node may name.
+pub const MAX_CAPABILITIES: usize = 64;
+/// Bytes one capability may have.
+pub const MAX_CAPABILITY_LEN: usize = 64;
 
 /// One public key and where it listens. A node rotating keys has two.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -68,18 +83,32 @@ pub struct AnnouncementError {
 }
 
 impl Announcement {
-    /// The annotations that say this.
+    /// The annotations that say this: always all of [`ANNOTATIONS`], the empty ones as empty strings, so
+    /// that a write leaves nothing of an older announcement behind.
     pub fn to_annotations(&self) -> BTreeMap<String, String> {
-        let _ = self;
-        BTreeMap::new()
+        codec::encode(self)
     }
 
     /// Reads the `margay.io/` annotations of Node `name`; `None` when the node announces nothing.
+    ///
+    /// Strict: what it returns passes [`Self::validate`], and some of [`ANNOTATIONS`] without the others
+    /// is an error. Other annotations are not looked at.
     pub fn from_annotations(
         name: &str,
         annotations: &BTreeMap<String, String>,
     ) -> Result<Option<Self>, AnnouncementError> {
-        let _ = (name, annotations);
-        Ok(None)
+        codec::decode(name, annotations)
+    }
+
+    /// What every reader will check, for the writer to check first:
+    /// * one or two keys with distinct keys, epochs and ports, newest epoch first, no port 0;
+    /// * endpoints another host can send to: no port 0, not unspecified, multicast, broadcast or loopback
+    ///   (it would send to itself), not IPv6 link-local (its zone means nothing elsewhere), IPv4 as IPv4;
+    /// * prefixes that do not overlap each other, without host bits (one written `10.1.2.3/24` may
+    ///   have meant something else, so it is refused and not masked);
+    /// * capabilities of printable ASCII without commas;
+    /// * no list longer than its limit, and no duplicates.
+    pub fn validate(&self) -> Result<(), AnnouncementError> {
+        codec::validate(self)
     }
 }

@@ -5,10 +5,12 @@
 
 pub mod admission;
 pub mod announcement;
+mod file;
 pub mod key;
 pub mod keyfile;
 pub mod publish;
 
 pub use admission::{Admission, Admitted, Authority, Claim, Incumbents, Refusal};
 pub use announcement::{Announcement, AnnouncementError, KeyClaim};
+pub use file::FileProblem;
 pub use key::{KeyError, PresharedKey, PrivateKey, PublicKey};
