@@ -44,6 +44,10 @@ pub struct Peer {
 pub enum Op {
     /// `private_key=`: also forgets all sessions when it differs.
     SetPrivateKey(PrivateKey),
+    /// `private_key=` of all zeros: the device has no key and talks to nobody.
+    ClearPrivateKey,
+    /// `replace_peers=true`: removes every peer (what `wg setconf` sends; our agent never does).
+    RemoveAllPeers,
     /// `listen_port=`
     SetListenPort(u16),
     /// `fwmark=`
