@@ -16,6 +16,9 @@ pub struct Desired {
     pub generation: u64,
     /// Take away what is ours and not in here; false until every source has synced.
     pub prune: bool,
+    /// Links that no route may be opened to yet, though routes already there stay: the runner puts those
+    /// here whose policy is not in place. The plan leaves it empty.
+    pub withhold: BTreeSet<String>,
     /// Links to be up with this MTU, by name. Links are made by others (datapath, CNI).
     pub links: BTreeMap<String, Link>,
     /// Addresses by link name: exactly these on our own devices.

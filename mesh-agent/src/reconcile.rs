@@ -31,14 +31,26 @@ pub enum Stage {
 }
 
 /// What a pass did.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Default)]
 pub struct Report {
     /// Changes made; 0 when everything was as desired.
     pub operations: u64,
+    /// Objects that could not be made so. The others were.
+    pub errors: Vec<ReconcileError>,
 }
 
-/// Why a pass failed: what it was doing, to which object, and what the system said.
-#[derive(Debug, thiserror::Error)]
+impl Report {
+    /// Counts one operation or keeps its error.
+    pub fn record(&mut self, outcome: Result<(), ReconcileError>) {
+        match outcome {
+            Ok(()) => self.operations += 1,
+            Err(error) => self.errors.push(error),
+        }
+    }
+}
+
+/// What failed: which object, and what the system said.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{object}: {message}")]
 pub struct ReconcileError {
     /// `route 10.244.2.0/24 table 4207` …
@@ -47,12 +59,20 @@ pub struct ReconcileError {
     pub message: String,
 }
 
+impl ReconcileError {
+    /// On `object`, for the reason `message`.
+    pub fn new(object: impl std::fmt::Display, message: impl std::fmt::Display) -> Self {
+        Self { object: object.to_string(), message: message.to_string() }
+    }
+}
+
 /// One kind of state to keep.
 pub trait Reconciler: Send {
     /// For status and logs, plural: `routes`.
     fn name(&self) -> &'static str;
     /// When it runs.
     fn stage(&self) -> Stage;
-    /// One pass: read, diff, apply.
+    /// One pass: read, diff, apply. `Err` when it could not even read; an object that could not be
+    /// changed goes into the report and stops no other.
     fn reconcile<'a>(&'a mut self, desired: &'a Desired) -> BoxFuture<'a, Result<Report, ReconcileError>>;
 }
