@@ -1,2 +1,25 @@
-//! Margay.
-fn main() {}
+//! `meshctl` asks the agent on this node: who talks to whom, and is it encrypted?
+
+mod args;
+mod client;
+mod output;
+mod render;
+mod run;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+fn main() -> ExitCode {
+    // A reader that went away (`meshctl peers | head`) is no error of ours.
+    output::quiet_broken_pipe();
+    let args = args::Args::parse();
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("meshctl: {error}");
+            return ExitCode::from(run::EXIT_TROUBLE);
+        }
+    };
+    ExitCode::from(runtime.block_on(run::run(args)))
+}
