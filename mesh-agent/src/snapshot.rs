@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 
 use ipnet::IpNet;
 use keyservice::{Incumbents, PublicKey};
@@ -33,7 +34,7 @@ pub struct Snapshot {
     /// Every source has been read in full once. Nothing is pruned before.
     pub synced: bool,
     /// What the cluster's objects say (file source now, the API server later).
-    pub cluster: Cluster,
+    pub cluster: Arc<Cluster>,
     /// Pods that have an interface on this node, by host-side interface name.
     pub endpoints: BTreeMap<String, Endpoint>,
     /// What this node knows of itself.
@@ -125,6 +126,14 @@ pub struct Local {
     pub incumbents: Incumbents,
     /// Where peers were last heard from, learned by the datapath: a hint, by key.
     pub learned_endpoints: BTreeMap<PublicKey, SocketAddr>,
+    /// Rotation epoch of this node's key.
+    pub key_epoch: u64,
+    /// Configured prefixes to announce; used only where the Node object names none.
+    pub pod_cidrs: Vec<IpNet>,
+    /// Configured endpoint candidates to announce, best first; empty for the node's own addresses.
+    pub endpoints: Vec<SocketAddr>,
+    /// Addresses configured on this host outside the mesh (no loopback, no link-local, none of ours).
+    pub addresses: Vec<IpAddr>,
 }
 
 /// The `spec` of MeshConfiguration `default` after defaulting; see `config/mesh.rs` for the object.
@@ -134,6 +143,9 @@ pub struct MeshSpec {
     pub pools: Vec<IpNet>,
     /// MTU of the mesh device and of pods, bytes.
     pub mtu: u32,
+    /// Nothing with a pod's address leaves unencrypted: what no peer owns in the pools, and nodes that are
+    /// no peers, are unreachable for pods instead of reached in clear text.
+    pub strict_encryption: bool,
     /// UDP port of this node's WireGuard device.
     pub listen_port: u16,
     /// Seconds between keepalives to every peer; 0 for off.
@@ -149,6 +161,7 @@ impl Default for MeshSpec {
         Self {
             pools: Vec::new(),
             mtu: mesh_api::defaults::MTU,
+            strict_encryption: true,
             listen_port: mesh_api::defaults::PORT,
             persistent_keepalive: 0,
             masquerade: true,
