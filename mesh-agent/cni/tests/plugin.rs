@@ -1,0 +1,191 @@
+//! The plugin from outside, against a stand-in for the agent's socket.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+use std::io::{BufRead as _, BufReader, IoSliceMut, Write as _};
+use std::os::fd::AsRawFd as _;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::mpsc;
+
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
+use serde_json::{Value, json};
+
+/// A namespace that is not the test's own, held by a process that dies with its pipe.
+struct Namespace(std::process::Child);
+
+impl Namespace {
+    fn new() -> Self {
+        let mut child = Command::new("unshare")
+            .args(["--net", "--", "sh", "-c", "echo ready; exec cat"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+        assert_eq!(line, "ready\n", "the test needs the right to make a network namespace");
+        Self(child)
+    }
+
+    fn path(&self) -> String {
+        format!("/proc/{}/ns/net", self.0.id())
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Answers one request with `reply`; sends what was asked, and how many descriptors came along.
+fn agent(path: &Path, reply: Value) -> mpsc::Receiver<(Value, usize)> {
+    let listener = UnixListener::bind(path).unwrap();
+    let (sender, receiver) = mpsc::channel();
+    std::thread::spawn(move || {
+        let (mut stream, _): (UnixStream, _) = listener.accept().unwrap();
+        let mut line = vec![0; 65_536];
+        let mut space = nix::cmsg_space!([i32; 4]);
+        let (count, descriptors) = {
+            let mut buffers = [IoSliceMut::new(&mut line)];
+            let message =
+                recvmsg::<()>(stream.as_raw_fd(), &mut buffers, Some(&mut space), MsgFlags::empty()).unwrap();
+            let descriptors = message.cmsgs().unwrap().map(|control| match control {
+                ControlMessageOwned::ScmRights(list) => list.len(),
+                _ => 0,
+            });
+            (message.bytes, descriptors.sum())
+        };
+        // Not every test looks at what was asked.
+        let _ = sender.send((serde_json::from_slice(&line[..count]).unwrap(), descriptors));
+        writeln!(stream, "{reply}").unwrap();
+    });
+    receiver
+}
+
+fn plugin(variables: &[(&str, &str)], input: &str) -> (i32, Value) {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_mesh-cni"))
+        .env_clear()
+        .envs(variables.iter().copied())
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+    let output = child.wait_with_output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let value = if text.is_empty() { Value::Null } else { serde_json::from_str(&text).unwrap() };
+    (output.status.code().unwrap(), value)
+}
+
+fn config(socket: &Path, version: &str) -> String {
+    json!({"cniVersion": version, "name": "margay", "type": "mesh-cni", "socket": socket}).to_string()
+}
+
+#[test]
+fn add_passes_the_namespace_and_prints_the_result() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("cni.sock");
+    let namespace = Namespace::new();
+    let asked = agent(
+        &socket,
+        json!({"outcome": "done", "result": {"hostInterface": "mgy0", "hostMac": "ee:ee:ee:ee:ee:ee",
+               "podMac": "02:00:00:00:00:01", "addresses": ["10.1.0.5/32"], "gateways": ["169.254.1.1"], "mtu": 1420}}),
+    );
+    let (code, result) = plugin(
+        &[
+            ("CNI_COMMAND", "ADD"),
+            ("CNI_CONTAINERID", "c1"),
+            ("CNI_NETNS", &namespace.path()),
+            ("CNI_IFNAME", "eth0"),
+            ("CNI_ARGS", "IgnoreUnknown=1;K8S_POD_NAMESPACE=x;K8S_POD_NAME=a;K8S_POD_UID=u;IP=10.1.0.5"),
+        ],
+        &config(&socket, "1.0.0"),
+    );
+    assert_eq!((code, &result["ips"][0]["address"]), (0, &json!("10.1.0.5/32")), "{result}");
+    let (request, descriptors) = asked.recv().unwrap();
+    assert_eq!(descriptors, 1);
+    for (key, expected) in [
+        ("command", json!("ADD")),
+        ("containerId", json!("c1")),
+        ("ifname", json!("eth0")),
+        ("network", json!("margay")),
+        ("podNamespace", json!("x")),
+        ("podName", json!("a")),
+        ("podUid", json!("u")),
+        ("ips", json!(["10.1.0.5"])),
+    ] {
+        assert_eq!(request[key], expected, "{key}");
+    }
+}
+
+#[test]
+fn the_agents_refusal_reaches_the_runtime() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("cni.sock");
+    agent(&socket, json!({"outcome": "failed", "code": 50, "message": "no pod CIDR", "details": "Node/a"}));
+    let (code, error) = plugin(&[("CNI_COMMAND", "STATUS")], &config(&socket, "1.1.0"));
+    assert_eq!(code, 1);
+    assert_eq!(error, json!({"cniVersion": "1.1.0", "code": 50, "msg": "no pod CIDR", "details": "Node/a"}));
+}
+
+#[test]
+fn without_an_agent_add_and_del_ask_to_be_called_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("none.sock");
+    let namespace = Namespace::new();
+    for command in ["ADD", "DEL"] {
+        let variables = [
+            ("CNI_COMMAND", command),
+            ("CNI_CONTAINERID", "c1"),
+            ("CNI_NETNS", &namespace.path()),
+            ("CNI_IFNAME", "eth0"),
+        ];
+        let (code, error) = plugin(&variables, &config(&socket, "1.0.0"));
+        assert_eq!((code, &error["code"]), (1, &json!(11)), "{command}: {error}");
+    }
+    let (_, error) = plugin(&[("CNI_COMMAND", "STATUS")], &config(&socket, "1.1.0"));
+    assert_eq!(error["code"], 50);
+}
+
+#[test]
+fn add_refuses_what_is_no_namespace_or_the_hosts_own() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("none.sock");
+    for netns in ["/proc/self/ns/net", "/etc/passwd", "/nonexistent", ""] {
+        let variables =
+            [("CNI_COMMAND", "ADD"), ("CNI_CONTAINERID", "c1"), ("CNI_NETNS", netns), ("CNI_IFNAME", "eth0")];
+        let (code, error) = plugin(&variables, &config(&socket, "1.0.0"));
+        assert_eq!((code, &error["code"]), (1, &json!(4)), "{netns:?}: {error}");
+    }
+}
+
+#[test]
+fn bad_calls_get_the_specifications_codes() {
+    let dir = tempfile::tempdir().unwrap();
+    let good = config(&dir.path().join("none.sock"), "1.1.0");
+    let old = config(&dir.path().join("none.sock"), "0.3.1");
+    let cases: [(&str, &str, u64); 7] = [
+        ("", &good, 4),
+        ("FROB", &good, 4),
+        ("STATUS", "not json", 6),
+        ("STATUS", r#"{"cniVersion":"7.0.0","name":"m"}"#, 1),
+        ("STATUS", &old, 1),
+        ("GC", &good, 7),
+        ("STATUS", r#"{"cniVersion":"1.1.0"}"#, 7),
+    ];
+    for (command, input, expected) in cases {
+        let (code, error) = plugin(&[("CNI_COMMAND", command)], input);
+        assert_eq!((code, error["code"].as_u64()), (1, Some(expected)), "{command} {input}: {error}");
+        assert!(!error["msg"].as_str().unwrap().is_empty());
+    }
+}
+
+#[test]
+fn version_needs_no_agent() {
+    let (code, answer) = plugin(&[("CNI_COMMAND", "VERSION")], r#"{"cniVersion":"0.4.0"}"#);
+    assert_eq!((code, &answer["cniVersion"]), (0, &json!("0.4.0")));
+    assert!(answer["supportedVersions"].as_array().unwrap().contains(&json!("1.1.0")));
+}
