@@ -1,0 +1,295 @@
+//! What was seen and how it went: the board where reconcilers, the planner and the CNI server leave their
+//! outcome, and the pure step from there to the [`Status`] that the sockets tell.
+
+mod peer;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use keyservice::PublicKey;
+use mesh_api::status::{
+    DeviceStatus, EndpointStatus, Generation, Issue, PeerState, PeerStatus, PolicyStatus, ReconcilerStatus,
+    Status,
+};
+use mesh_uapi::Device;
+use tokio::sync::watch;
+
+use crate::desired::Desired;
+use crate::reconcile::{ReconcileError, Report};
+use crate::snapshot::Snapshot;
+pub use peer::PeerTracker;
+
+/// A WireGuard device as it was last read.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct DeviceSeen {
+    /// The link's IFF_UP; `None` when there is no such link.
+    pub up: Option<bool>,
+    /// The link's MTU, bytes; 0 when there is no link.
+    pub mtu: u32,
+    /// What the UAPI socket answered; `None` when nobody did.
+    pub device: Option<Device>,
+}
+
+/// Everything on the board at one moment.
+#[derive(Debug, Clone, Default)]
+pub struct Observed {
+    /// The newest snapshot that was planned.
+    pub snapshot: Arc<Snapshot>,
+    /// Its plan.
+    pub desired: Arc<Desired>,
+    /// The reconcilers in the order they run.
+    pub reconcilers: Vec<ReconcilerStatus>,
+    /// Issues by who found them; each reporter replaces its own.
+    pub issues: BTreeMap<String, Vec<Issue>>,
+    /// Devices by name.
+    pub devices: BTreeMap<String, DeviceSeen>,
+    /// Peers' states by device and key.
+    pub peers: BTreeMap<(String, PublicKey), PeerState>,
+    /// Policies and where they are live.
+    pub policies: Vec<PolicyStatus>,
+    /// `closed`, `open` or `policed`, by host-side interface.
+    pub endpoint_policy: BTreeMap<String, String>,
+}
+
+impl Observed {
+    /// How far the sources' state has got.
+    pub fn generation(&self) -> Generation {
+        Generation {
+            snapshot: self.snapshot.generation,
+            enforced: self.reconcilers.iter().map(|r| r.generation).min().unwrap_or(0),
+            policy: self.reconcilers.iter().find(|r| r.name == "policy").map_or(0, |r| r.generation),
+        }
+    }
+
+    /// All issues; those of the sources first, each once.
+    pub fn all_issues(&self) -> Vec<Issue> {
+        let mut all: Vec<Issue> = Vec::new();
+        for issue in self.issues.values().flatten() {
+            if !all.contains(issue) {
+                all.push(issue.clone());
+            }
+        }
+        for reconciler in &self.reconcilers {
+            if let Some(error) = &reconciler.error {
+                all.push(Issue {
+                    object: format!("reconciler {}", reconciler.name),
+                    field: String::new(),
+                    reason: "ReconcileFailed".to_owned(),
+                    message: error.clone(),
+                });
+            }
+        }
+        all
+    }
+}
+
+/// The board. Clones share it.
+#[derive(Debug, Clone)]
+pub struct Board {
+    observed: Arc<watch::Sender<Observed>>,
+    started: Instant,
+}
+
+impl Board {
+    /// An empty board with a pending row for each reconciler, in the order given.
+    pub fn new(reconcilers: &[&str]) -> Self {
+        let rows = reconcilers.iter().map(|name| pending(name)).collect();
+        let observed = Observed { reconcilers: rows, ..Observed::default() };
+        Self { observed: Arc::new(watch::Sender::new(observed)), started: Instant::now() }
+    }
+
+    /// The board as it is now.
+    pub fn observed(&self) -> Observed {
+        self.observed.borrow().clone()
+    }
+
+    /// For whoever waits for something to appear on it.
+    pub fn subscribe(&self) -> watch::Receiver<Observed> {
+        self.observed.subscribe()
+    }
+
+    /// A snapshot was planned.
+    pub fn planned(&self, snapshot: Arc<Snapshot>, desired: Arc<Desired>, issues: Vec<Issue>) {
+        self.observed.send_modify(|seen| {
+            seen.snapshot = snapshot;
+            seen.desired = desired;
+            seen.issues.insert("plan".to_owned(), issues);
+        });
+    }
+
+    /// A reconciler ended a pass over the plan of this generation.
+    pub fn passed(&self, name: &str, generation: u64, outcome: &Result<Report, ReconcileError>) {
+        self.observed.send_modify(|seen| {
+            let row = row(&mut seen.reconcilers, name);
+            let errors = match outcome {
+                Ok(report) => {
+                    row.operations = row.operations.saturating_add(report.operations);
+                    report.errors.as_slice()
+                }
+                Err(error) => std::slice::from_ref(error),
+            };
+            if errors.is_empty() {
+                row.state = "done".to_owned();
+                row.generation = row.generation.max(generation);
+                row.error = None;
+            } else {
+                row.state = "error".to_owned();
+                row.error = Some(sentence(errors));
+            }
+        });
+    }
+
+    /// A reporter's issues, all of them; an empty list takes its former ones back.
+    pub fn set_issues(&self, reporter: &str, issues: Vec<Issue>) {
+        self.observed.send_if_modified(|seen| {
+            if seen.issues.get(reporter).map_or(issues.is_empty(), |old| *old == issues) {
+                return false;
+            }
+            seen.issues.insert(reporter.to_owned(), issues);
+            true
+        });
+    }
+
+    /// The devices as read now, and the states of their peers.
+    pub fn set_devices(
+        &self,
+        devices: BTreeMap<String, DeviceSeen>,
+        peers: BTreeMap<(String, PublicKey), PeerState>,
+    ) {
+        self.observed.send_modify(|seen| {
+            seen.devices = devices;
+            seen.peers = peers;
+        });
+    }
+
+    /// What policy does here.
+    pub fn set_policies(&self, policies: Vec<PolicyStatus>, endpoints: BTreeMap<String, String>) {
+        self.observed.send_modify(|seen| {
+            seen.policies = policies;
+            seen.endpoint_policy = endpoints;
+        });
+    }
+
+    /// The whole answer of `/v1/status`.
+    pub fn status(&self, now: SystemTime) -> Status {
+        assemble(&self.observed.borrow(), now, self.started.elapsed())
+    }
+}
+
+/// The first few errors; a thousand equal ones help nobody.
+fn sentence(errors: &[ReconcileError]) -> String {
+    const TOLD: usize = 3;
+    let told: Vec<String> = errors.iter().take(TOLD).map(ReconcileError::to_string).collect();
+    let more = errors.len().saturating_sub(TOLD);
+    let tail = if more == 0 { String::new() } else { format!(" (and {more} more)") };
+    told.join("; ") + &tail
+}
+
+fn pending(name: &str) -> ReconcilerStatus {
+    ReconcilerStatus {
+        name: name.to_owned(),
+        state: "pending".to_owned(),
+        generation: 0,
+        operations: 0,
+        error: None,
+    }
+}
+
+fn row<'a>(rows: &'a mut Vec<ReconcilerStatus>, name: &str) -> &'a mut ReconcilerStatus {
+    let at = rows.iter().position(|row| row.name == name).unwrap_or_else(|| {
+        rows.push(pending(name));
+        rows.len() - 1
+    });
+    &mut rows[at]
+}
+
+/// From the board to the answer. Pure.
+pub fn assemble(seen: &Observed, now: SystemTime, uptime: Duration) -> Status {
+    Status {
+        node: seen.snapshot.local.node_name.clone(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        uptime_seconds: uptime.as_secs(),
+        generation: seen.generation(),
+        devices: devices(seen),
+        peers: peers(seen, now),
+        sources: seen.snapshot.sources.clone(),
+        reconcilers: seen.reconcilers.clone(),
+        endpoints: endpoints(seen),
+        issues: seen.all_issues(),
+    }
+}
+
+fn devices(seen: &Observed) -> Vec<DeviceStatus> {
+    let absent = DeviceSeen::default();
+    let wanted = seen.desired.wireguard.iter().map(|(name, wanted)| {
+        let actual = seen.devices.get(name).unwrap_or(&absent);
+        let key = actual.device.as_ref().and_then(|device| device.public_key).unwrap_or(wanted.public_key);
+        device(name, actual, Some(key.to_string()), wanted.listen_port)
+    });
+    let others = seen.devices.iter().filter(|(name, _)| !seen.desired.wireguard.contains_key(*name));
+    let others = others.map(|(name, actual)| {
+        let key = actual.device.as_ref().and_then(|device| device.public_key);
+        device(name, actual, key.map(|key| key.to_string()), 0)
+    });
+    wanted.chain(others).collect()
+}
+
+fn device(name: &str, seen: &DeviceSeen, public_key: Option<String>, wanted_port: u16) -> DeviceStatus {
+    let state = match (seen.up, &seen.device) {
+        (None, _) | (_, None) => "absent",
+        (Some(true), Some(_)) => "up",
+        (Some(false), Some(_)) => "down",
+    };
+    DeviceStatus {
+        name: name.to_owned(),
+        kind: "userspace".to_owned(),
+        state: state.to_owned(),
+        public_key,
+        listen_port: seen.device.as_ref().map_or(wanted_port, |device| device.listen_port),
+        mtu: seen.mtu,
+    }
+}
+
+fn peers(seen: &Observed, now: SystemTime) -> Vec<PeerStatus> {
+    let mut peers: Vec<PeerStatus> = Vec::new();
+    for (device, wish) in &seen.desired.wireguard {
+        let actual = seen.devices.get(device);
+        for (key, wanted) in &wish.peers {
+            let running = actual.and_then(|seen| seen.device.as_ref()).and_then(|dev| dev.peers.get(key));
+            let state = match running {
+                Some(_) => seen.peers.get(&(device.clone(), *key)).copied().unwrap_or(PeerState::Unknown),
+                None => PeerState::Unknown,
+            };
+            peers.push(PeerStatus {
+                name: wanted.name.clone(),
+                public_key: key.to_string(),
+                device: device.clone(),
+                endpoint: running.and_then(|peer| peer.endpoint).or(wanted.endpoint),
+                allowed_ips: wanted.allowed_ips.iter().copied().collect(),
+                state,
+                handshake_age_seconds: running.and_then(|peer| peer::handshake_age(now, peer)),
+                rx_bytes: running.map_or(0, |peer| peer.rx_bytes),
+                tx_bytes: running.map_or(0, |peer| peer.tx_bytes),
+                mtu: actual.map_or(0, |device| device.mtu),
+            });
+        }
+    }
+    peers.sort_by(|a, b| (&a.name, &a.device).cmp(&(&b.name, &b.device)));
+    peers
+}
+
+fn endpoints(seen: &Observed) -> Vec<EndpointStatus> {
+    let endpoints = seen.snapshot.endpoints.iter().map(|(interface, endpoint)| EndpointStatus {
+        pod: endpoint.pod.to_string(),
+        interface: interface.clone(),
+        addresses: endpoint.ips.clone(),
+        policy: seen.endpoint_policy.get(interface).cloned().unwrap_or_else(|| "closed".to_owned()),
+    });
+    let mut endpoints: Vec<_> = endpoints.collect();
+    endpoints.sort_by(|a, b| (&a.pod, &a.interface).cmp(&(&b.pod, &b.interface)));
+    endpoints
+}
+
+#[cfg(test)]
+mod tests;
