@@ -12,3 +12,4 @@ pub mod reconcile;
 pub mod snapshot;
 pub mod status;
 pub mod wireguard;
+pub mod status;
