@@ -1,1 +1,26 @@
-//! Margay.
+//! The userspace WireGuard device.
+//!
+//! `device` is the core without I/O: packets and datagrams in, batches of both out, the time handed in. Below
+//! it, `peer` wraps one tunnel of the protocol core (boringtun's `noise::Tunn`), `timers` adds what that leaves
+//! to its caller, `gate` guards handshakes, `allowed_ips`, `index` and `ip_packet` are its tables and parsers.
+//! `engine` runs a core on real devices: `tun`, `udp`, and `server` for WireGuard's UAPI.
+//! `process` is daemonising, privileges and readiness.
+
+pub mod allowed_ips;
+pub mod batch;
+pub mod configure;
+pub mod counters;
+pub mod device;
+pub mod engine;
+pub mod gate;
+pub mod index;
+pub mod ip_packet;
+pub mod limiter;
+pub mod peer;
+pub mod process;
+pub mod server;
+pub mod timers;
+pub mod tun;
+pub mod udp;
+
+pub use device::Device;
