@@ -1,13 +1,22 @@
 //! The programs and maps in the kernel: load or adopt, attach, apply, observe, take away.
 
 use std::io;
-use std::net::IpAddr;
-use std::os::fd::{AsRawFd, RawFd};
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
 
+use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, PerCpuHashMap, RingBuf};
+use aya::programs::SchedClassifier;
+use aya::{Ebpf, EbpfLoader};
+use margay_bpf::layout::{Addr, Config, Count, CounterKey, Decision, LAYOUT_VERSION, Reason, TableKey};
+use nix::net::if_::{if_indextoname, if_nametoindex};
+
+use crate::apply::{ApplyReport, State};
+use crate::attach;
 use crate::compile::Compiled;
-use crate::model::{Direction, PodRef, RuleName};
+use crate::error::Error;
+use crate::events::{Counter, Events, seen_from_pod};
+use crate::maps::Mirror;
+use crate::object;
+use crate::pins::{Attachment, Pins};
 
 /// Where programs are attached.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -28,37 +37,16 @@ pub struct Options {
     pub pin_dir: PathBuf,
     /// How programs are attached.
     pub attach: AttachMode,
+    /// What to do with pinned maps of another layout: refuse (false), or make new ones. Every attached pod is then closed until
+    /// the first apply, and its connections are judged as new.
+    pub replace_incompatible: bool,
 }
 
 impl Options {
     /// Pins under `pin_dir`, everything else by default.
     pub fn new(pin_dir: impl Into<PathBuf>) -> Self {
-        Self { pin_dir: pin_dir.into(), attach: AttachMode::Auto }
+        Self { pin_dir: pin_dir.into(), attach: AttachMode::Auto, replace_incompatible: false }
     }
-}
-
-/// Why the enforcer could not do what was asked.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// An operation on a path failed.
-    #[error("{what} {path}: {source}")]
-    Io {
-        /// What was tried.
-        what: &'static str,
-        /// On which path.
-        path: PathBuf,
-        /// Why it failed.
-        source: io::Error,
-    },
-}
-
-/// What [`Enforcer::apply`] changed.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct ApplyReport {
-    /// Map entries written.
-    pub written: usize,
-    /// Map entries removed.
-    pub removed: usize,
 }
 
 /// A device that our programs are attached to.
@@ -72,135 +60,278 @@ pub struct Attached {
     pub tunnel: bool,
 }
 
-/// A packet that was denied.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Event {
-    /// When.
-    pub time: SystemTime,
-    /// Device of the endpoint that judged.
-    pub ifindex: u32,
-    /// The pod behind it, if known.
-    pub pod: Option<PodRef>,
-    /// Direction seen from that pod.
-    pub direction: Direction,
-    /// Source address.
-    pub source: IpAddr,
-    /// Destination address.
-    pub destination: IpAddr,
-    /// IP protocol number.
-    pub protocol: u8,
-    /// Source port, or 0.
-    pub source_port: u16,
-    /// Destination port, or 0; for ICMP type × 256 + code.
-    pub destination_port: u16,
-    /// Short name of the reason, as in metrics, e.g. `default_deny`.
-    pub reason: &'static str,
-    /// The policies (`namespace/name`) that isolate the endpoint in this direction and do not allow the packet.
-    pub policies: Vec<String>,
-    /// The rule that decided, if one did.
-    pub rule: Option<RuleName>,
+/// The programs and maps of this node. Dropping it changes nothing in the kernel.
+pub struct Enforcer {
+    pins: Pins,
+    attach: AttachMode,
+    adopted: bool,
+    programs: Ebpf,
+    state: State,
+    counters: PerCpuHashMap<MapData, CounterKey, Count>,
+    lost: PerCpuArray<MapData, u64>,
+    /// The names behind ids, as last applied.
+    names: crate::compile::Names,
 }
 
-/// Packets and bytes of one endpoint, direction and reason, summed over CPUs.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Counter {
-    /// Device of the endpoint.
-    pub ifindex: u32,
-    /// The pod behind it, if known.
-    pub pod: Option<PodRef>,
-    /// Direction seen from the pod; ingress at the tunnel device.
-    pub direction: Direction,
-    /// Whether these packets passed.
-    pub allowed: bool,
-    /// Short name of the reason.
-    pub reason: &'static str,
-    /// Packets.
-    pub packets: u64,
-    /// Bytes, headers included.
-    pub bytes: u64,
-}
-
-/// The stream of denied packets.
-#[derive(Debug)]
-pub struct Events {}
-
-impl AsRawFd for Events {
-    fn as_raw_fd(&self) -> RawFd {
-        -1
+impl std::fmt::Debug for Enforcer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Enforcer")
+            .field("pins", &self.pins)
+            .field("adopted", &self.adopted)
+            .finish_non_exhaustive()
     }
 }
 
-impl Events {
-    /// The next event, if there is one; never blocks. Poll the descriptor for readability in between.
-    pub fn next_event(&mut self, names: &Compiled) -> Option<Event> {
-        let _ = names;
-        None
-    }
-}
-
-/// The programs and maps of this node.
-#[derive(Debug)]
-pub struct Enforcer {}
+const POD: [&str; 2] = ["pod_egress", "pod_ingress"];
+const TUNNEL: [&str; 1] = ["tunnel_ingress"];
 
 impl Enforcer {
-    /// Loads programs and maps and pins them, or adopts what an earlier agent pinned.
+    /// Loads programs and maps and pins them, or adopts what an earlier agent pinned: its maps, with all connections, and its
+    /// attachments, on each of which our program takes the old one's place in one step.
+    ///
+    /// # Errors
+    /// Whatever fails before the programs are swapped leaves the earlier enforcement untouched.
     pub fn open(options: &Options) -> Result<Self, Error> {
-        let _ = options;
-        Ok(Self {})
+        let pins = Pins::open(&options.pin_dir)?;
+        let object = object::bytes()?;
+        let wanted = object::maps(&object)?;
+        let adopted = match pins.check(&wanted).and_then(|found| Ok(found && layout_is_ours(&pins)?)) {
+            Err(Error::Incompatible { .. }) if options.replace_incompatible => false,
+            other => other?,
+        };
+        let dir = if adopted { pins.maps() } else { pins.staging()? };
+        let mut programs = load(&object, wanted.keys().map(|name| (name.as_str(), dir.join(name))))?;
+        let mut state = open_state(&mut programs)?;
+        if !adopted {
+            state
+                .config
+                .set(0, Config { layout: LAYOUT_VERSION, revision: 1 }, 0)
+                .map_err(|source| Error::map("write to", "CONFIG", source))?;
+        }
+        let mut enforcer = Self {
+            counters: take(&mut programs, "COUNTERS")?,
+            lost: take(&mut programs, "EVENTS_LOST")?,
+            attach: options.attach,
+            names: crate::compile::Names::default(),
+            pins,
+            adopted,
+            programs,
+            state,
+        };
+        // With new maps no endpoint is known yet: from here on, what was attached is closed.
+        for attachment in enforcer.pins.attachments()? {
+            let program = program(&mut enforcer.programs, attachment.program)?;
+            attach::replace(&enforcer.pins, program, &attachment)?;
+        }
+        if !adopted {
+            enforcer.pins.publish(&dir)?;
+        }
+        Ok(enforcer)
     }
 
     /// Whether maps of an earlier agent were adopted.
     pub fn adopted(&self) -> bool {
-        false
+        self.adopted
     }
 
     /// Attaches both directions to a pod's host-side veth. Until [`Self::apply`] knows the endpoint, it is closed.
     pub fn attach_pod(&mut self, ifname: &str) -> Result<(), Error> {
-        let _ = ifname;
-        Ok(())
+        self.attach(ifname, &POD)
     }
 
     /// Attaches the source check to the tunnel device.
     pub fn attach_tunnel(&mut self, ifname: &str) -> Result<(), Error> {
-        let _ = ifname;
+        self.attach(ifname, &TUNNEL)
+    }
+
+    fn attach(&mut self, ifname: &str, names: &[&'static str]) -> Result<(), Error> {
+        let ifindex = if_nametoindex(ifname)
+            .map_err(|errno| Error::Device { ifname: ifname.to_owned(), source: errno.into() })?;
+        for name in names {
+            let program = program(&mut self.programs, name)?;
+            attach::attach(&self.pins, self.attach, program, name, ifname, ifindex)?;
+        }
         Ok(())
     }
 
     /// Takes our programs from a device; absent is success.
     pub fn detach(&mut self, ifname: &str) -> Result<(), Error> {
-        let _ = ifname;
+        let Ok(ifindex) = if_nametoindex(ifname) else { return self.forget_vanished() };
+        for attachment in self.pins.attachments()?.iter().filter(|of| of.ifindex == ifindex) {
+            attach::detach(&self.pins, attachment)?;
+        }
+        self.forget_counters(ifindex)
+    }
+
+    /// Removes the pins of devices that have gone.
+    pub fn forget_vanished(&mut self) -> Result<(), Error> {
+        for attachment in self.pins.attachments()? {
+            if ifname(attachment.ifindex).is_none() {
+                attach::detach(&self.pins, &attachment)?;
+                self.forget_counters(attachment.ifindex)?;
+            }
+        }
         Ok(())
     }
 
-    /// Devices that carry our programs, whoever attached them.
+    /// Devices that carry our programs, whoever attached them. A pod's veth counts once both of its sides are attached.
     pub fn attached(&self) -> Result<Vec<Attached>, Error> {
-        Ok(Vec::new())
+        let all = self.pins.attachments()?;
+        let on = |of: &Attachment, name| {
+            all.iter().any(|other| other.ifindex == of.ifindex && other.program == name)
+        };
+        let devices = all.iter().filter_map(|of| {
+            let tunnel = of.program == "tunnel_ingress";
+            let counts = tunnel || (of.program == "pod_egress" && on(of, "pod_ingress"));
+            Some(Attached { ifindex: of.ifindex, ifname: ifname(of.ifindex).filter(|_| counts)?, tunnel })
+        });
+        Ok(devices.collect())
     }
 
     /// Makes the maps hold exactly what was compiled, such that nothing is open in between.
+    ///
+    /// # Errors
+    /// [`Error::Closed`]: endpoints are closed rather than left with half a policy.
     pub fn apply(&mut self, compiled: &Compiled) -> Result<ApplyReport, Error> {
-        let _ = compiled;
-        Ok(ApplyReport::default())
+        let report = self.state.apply(compiled)?;
+        let gone = self.names.pods.keys().filter(|ifindex| !compiled.endpoints.contains_key(ifindex));
+        for ifindex in gone.copied().collect::<Vec<_>>() {
+            self.forget_counters(ifindex)?;
+        }
+        self.names = compiled.names.clone();
+        Ok(report)
     }
 
-    /// The stream of denied packets. One reader at a time.
+    /// The stream of denied packets. One reader at a time: two would share the events between them.
     pub fn events(&self) -> Result<Events, Error> {
-        Ok(Events {})
+        let failed = |source| Error::map("open", "EVENTS", source);
+        let data = MapData::from_pin(self.pins.map("EVENTS")).map_err(failed)?;
+        let map = Map::from_map_data(data).map_err(failed)?;
+        Ok(Events { buffer: RingBuf::try_from(map).map_err(failed)? })
     }
 
-    /// Denied packets that the event buffer had no room for.
+    /// Denied packets that the event buffer had no room for, since the maps were made.
     pub fn events_lost(&self) -> Result<u64, Error> {
-        Ok(0)
+        let values = self.lost.get(&0, 0).map_err(|source| Error::map("read", "EVENTS_LOST", source))?;
+        Ok(values.iter().sum())
     }
 
     /// Counters of every endpoint.
     pub fn counters(&self) -> Result<Vec<Counter>, Error> {
-        Ok(Vec::new())
+        let mut list = Vec::new();
+        for entry in self.counters.iter() {
+            let (key, values) = match entry {
+                Ok(entry) => entry,
+                // Removed while we were reading.
+                Err(MapError::KeyNotFound) => continue,
+                Err(source) => return Err(Error::map("read", "COUNTERS", source)),
+            };
+            let Some(reason) = Reason::from_u8(key.reason) else { continue };
+            list.push(Counter {
+                ifindex: key.ifindex,
+                pod: self.names.pods.get(&key.ifindex).cloned(),
+                direction: seen_from_pod(key.direction),
+                allowed: reason.allows(),
+                reason: reason.name(),
+                packets: values.iter().map(|count| count.packets).sum(),
+                bytes: values.iter().map(|count| count.bytes).sum(),
+            });
+        }
+        list.sort_by_key(|counter| (counter.ifindex, counter.direction, counter.reason));
+        Ok(list)
     }
 
-    /// Detaches everything and removes every pin below `pin_dir`; absent is success.
-    pub fn cleanup(pin_dir: &Path) -> Result<(), Error> {
-        let _ = pin_dir;
+    fn forget_counters(&mut self, ifindex: u32) -> Result<(), Error> {
+        let failed = |source| Error::map("clear", "COUNTERS", source);
+        let keys: Vec<_> =
+            self.counters.keys().filter_map(Result::ok).filter(|key| key.ifindex == ifindex).collect();
+        for key in keys {
+            match self.counters.remove(&key) {
+                Ok(()) | Err(MapError::KeyNotFound) => {}
+                Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::ENOENT) => {
+                }
+                Err(source) => return Err(failed(source)),
+            }
+        }
         Ok(())
+    }
+
+    /// Detaches everything and removes every pin and the directory itself; absent is success.
+    pub fn cleanup(pin_dir: &Path) -> Result<(), Error> {
+        if !pin_dir.try_exists().map_err(|source| Error::io("look for", pin_dir, source))? {
+            return Ok(());
+        }
+        let pins = Pins::open(pin_dir)?;
+        for attachment in pins.attachments()? {
+            attach::detach(&pins, &attachment)?;
+        }
+        pins.remove()
+    }
+}
+
+fn load<'a>(object: &[u8], pins: impl Iterator<Item = (&'a str, PathBuf)>) -> Result<Ebpf, Error> {
+    let mut loader = EbpfLoader::new();
+    for (name, path) in pins {
+        loader.map_pin_path(name, path);
+    }
+    let mut ebpf = loader.load(object).map_err(|source| Error::Load(Box::new(source)))?;
+    for name in object::PROGRAMS {
+        program(&mut ebpf, name)?
+            .load()
+            .map_err(|source| Error::Program { program: name, source: Box::new(source) })?;
+    }
+    Ok(ebpf)
+}
+
+pub(crate) fn program<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut SchedClassifier, Error> {
+    ebpf.program_mut(name)
+        .ok_or_else(|| Error::Object(format!("no program {name}")))?
+        .try_into()
+        .map_err(|source| Error::Program { program: name, source: Box::new(source) })
+}
+
+fn take<T: TryFrom<Map, Error = MapError>>(ebpf: &mut Ebpf, name: &'static str) -> Result<T, Error> {
+    let map = ebpf.take_map(name).ok_or_else(|| Error::Object(format!("no map {name}")))?;
+    T::try_from(map).map_err(|source| Error::map("open", name, source))
+}
+
+fn open_state(ebpf: &mut Ebpf) -> Result<State, Error> {
+    Ok(State {
+        config: take(ebpf, "CONFIG")?,
+        endpoints: Mirror::open("ENDPOINTS", take::<HashMap<_, _, _>>(ebpf, "ENDPOINTS")?)?,
+        addresses: Mirror::open("ADDRESSES", take::<HashMap<_, _, _>>(ebpf, "ADDRESSES")?)?,
+        prefixes: Mirror::open("PREFIXES", take::<LpmTrie<_, Addr, _>>(ebpf, "PREFIXES")?)?,
+        sets: Mirror::open("SETS", take::<HashMap<_, _, _>>(ebpf, "SETS")?)?,
+        tables: Mirror::open("TABLES", take::<LpmTrie<_, TableKey, Decision>>(ebpf, "TABLES")?)?,
+        ranges: Mirror::open("RANGES", take::<LpmTrie<_, Addr, _>>(ebpf, "RANGES")?)?,
+    })
+}
+
+/// Whether the pinned maps' contents have our meaning, not only their shape.
+fn layout_is_ours(pins: &Pins) -> Result<bool, Error> {
+    let failed = |source| Error::map("read", "CONFIG", source);
+    let path = pins.map("CONFIG");
+    let map = Map::from_map_data(MapData::from_pin(&path).map_err(failed)?).map_err(failed)?;
+    let config = Array::<_, Config>::try_from(map).map_err(failed)?.get(&0, 0).map_err(failed)?;
+    if config.layout == LAYOUT_VERSION {
+        return Ok(true);
+    }
+    Err(Error::Incompatible {
+        path,
+        field: "layout version",
+        found: config.layout.into(),
+        wanted: LAYOUT_VERSION.into(),
+    })
+}
+
+/// The name of a device, if it exists.
+pub(crate) fn ifname(ifindex: u32) -> Option<String> {
+    match if_indextoname(ifindex) {
+        Ok(name) => name.into_string().ok(),
+        Err(errno) => {
+            let error: io::Error = errno.into();
+            tracing::debug!(ifindex, %error, "device has gone");
+            None
+        }
     }
 }

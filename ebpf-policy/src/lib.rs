@@ -4,10 +4,20 @@
 //! evaluator that everything else is tested against; the verdict itself lives in the `margay-bpf` package, which compiles for
 //! the kernel and for this crate's tests alike.
 
+mod apply;
+mod attach;
 pub mod compile;
-pub mod enforcer;
+mod enforcer;
+mod error;
+mod events;
+mod maps;
 pub mod model;
+mod object;
+mod pins;
 mod select;
 
+pub use apply::ApplyReport;
 pub use compile::{Compiled, compile};
-pub use enforcer::{ApplyReport, Enforcer, Error, Options};
+pub use enforcer::{AttachMode, Attached, Enforcer, Options};
+pub use error::Error;
+pub use events::{Counter, Event, Events};
