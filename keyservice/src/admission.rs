@@ -157,7 +157,7 @@ pub struct Admission {
 /// Decides. Total: every claim ends in `admitted`, in `refused`, or is this node's own.
 ///
 /// The order of `claims` does not matter, and deciding again with the `incumbents` of the result gives the
-/// same result.
+/// same result, but that a refusal for several losses may name another of them.
 pub fn admit(claims: &[Claim], incumbents: &Incumbents, rules: &Rules<'_>) -> Admission {
     judge::judge(claims, incumbents, rules)
 }

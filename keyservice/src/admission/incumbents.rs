@@ -70,7 +70,8 @@ impl Incumbents {
     /// the place of an earlier one): the caller may report the error and go on with an empty memory.
     pub fn load(path: &Path) -> Result<Self, IncumbentsError> {
         let read = || -> Result<Self, IncumbentsProblem> {
-            file::read(path, LIMIT, Access::Private)?.map_or_else(|| Ok(Self::default()), |bytes| Self::parse(&bytes))
+            file::read(path, LIMIT, Access::Private)?
+                .map_or_else(|| Ok(Self::default()), |bytes| Self::parse(&bytes))
         };
         read().map_err(|problem| {
             let unread = matches!(problem, IncumbentsProblem::File(FileProblem::Io { .. }));
@@ -116,12 +117,18 @@ impl Incumbents {
         for (name, incumbent) in &self.0 {
             for key in &incumbent.keys {
                 if let Some(other) = keys.insert(*key, name) {
-                    return Err(content(format!("nodes.{name}.keys"), format!("{key} is in nodes.{other} too")));
+                    return Err(content(
+                        format!("nodes.{name}.keys"),
+                        format!("{key} is in nodes.{other} too"),
+                    ));
                 }
             }
             for prefix in &incumbent.pod_cidrs {
                 if prefix.trunc() != *prefix {
-                    return Err(content(format!("nodes.{name}.podCidrs"), format!("{prefix} has host bits set")));
+                    return Err(content(
+                        format!("nodes.{name}.podCidrs"),
+                        format!("{prefix} has host bits set"),
+                    ));
                 }
                 prefixes.push((*prefix, name));
             }

@@ -71,7 +71,8 @@ impl Judge<'_> {
             };
             for item in items {
                 let tenure = p.tenure(|memory| memory.pod_cidrs.iter().any(|held| held.contains(&item)));
-                let whole = p.live && p.memory.is_none();
+                // What an authority names is not free for announcements even when its node is refused.
+                let whole = p.live && p.memory.is_none() && !backed;
                 bids.push(Bid { party, item, standing: Standing { backed, tenure }, whole });
             }
         }
@@ -79,7 +80,7 @@ impl Judge<'_> {
         let won: BTreeSet<(usize, IpNet)> = winners(&bids, &outcomes).collect();
         self.report(&bids, &outcomes, "prefix", reason::OVERLAPPING_PREFIX);
         for (index, party) in self.parties.iter_mut().enumerate() {
-            party.prefixes.retain(|prefix| won.contains(&(index, *prefix)));
+            party.prefixes.retain(|prefix| party.live && won.contains(&(index, *prefix)));
         }
     }
 
@@ -110,7 +111,9 @@ impl Judge<'_> {
         let won: BTreeSet<(usize, IpAddr)> = winners(&bids, &outcomes).collect();
         for (bid, outcome) in bids.iter().zip(&outcomes) {
             let party = &self.parties[bid.party];
-            if party.live && let Some(message) = self.complaint("address", bid, outcome) {
+            if party.live
+                && let Some(message) = self.complaint("address", bid, outcome)
+            {
                 self.notices.push(party.refusal(reason::DUPLICATE_ADDRESS, message));
             }
         }
@@ -141,8 +144,10 @@ impl Judge<'_> {
         let mut complaints: Vec<(usize, bool, Refusal)> = Vec::new();
         for (bid, outcome) in bids.iter().zip(outcomes) {
             let party = &self.parties[bid.party];
-            if party.live && let Some(message) = self.complaint(what, bid, outcome) {
-                let out = bid.whole || !kept.contains(&bid.party);
+            if party.live
+                && let Some(message) = self.complaint(what, bid, outcome)
+            {
+                let out = party.memory.is_none() || !kept.contains(&bid.party);
                 complaints.push((bid.party, out, party.refusal(reason, message)));
             }
         }
@@ -163,7 +168,10 @@ impl Judge<'_> {
             Outcome::Lost(to) => Some(format!("{what} {} belongs to node {}", bid.item, name(to))),
             Outcome::Tied(with) => {
                 let with = name(with);
-                Some(format!("{what} {} is also claimed by node {with}, and nothing says whose it is", bid.item))
+                Some(format!(
+                    "{what} {} is also claimed by node {with}, and nothing says whose it is",
+                    bid.item
+                ))
             }
         }
     }
@@ -190,13 +198,15 @@ impl Judge<'_> {
         let mut endpoints: Vec<SocketAddr> =
             party.claim.map(|claim| claim.announcement.endpoints.clone()).unwrap_or_default();
         // The ports are the first key's; when that key was contested away, the other's must do.
-        let claimed = party.claim.and_then(|claim| claim.announcement.keys.iter().max_by_key(|key| key.epoch));
+        let claimed =
+            party.claim.and_then(|claim| claim.announcement.keys.iter().max_by_key(|key| key.epoch));
         if let (Some(claimed), Some(first)) = (claimed, party.keys.first()) {
             for endpoint in endpoints.iter_mut().filter(|endpoint| endpoint.port() == claimed.port) {
                 endpoint.set_port(first.port);
             }
         }
-        let in_pool = |endpoint: &SocketAddr| self.rules.pools.iter().any(|pool| pool.contains(&endpoint.ip()));
+        let in_pool =
+            |endpoint: &SocketAddr| self.rules.pools.iter().any(|pool| pool.contains(&endpoint.ip()));
         for endpoint in endpoints.iter().filter(|endpoint| in_pool(endpoint)) {
             // Its packets would be routed into the tunnel they are to carry.
             let message = format!("endpoint {endpoint} is inside the cluster's pools, where only pods are");

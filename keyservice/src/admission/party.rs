@@ -75,11 +75,17 @@ impl<'a> Party<'a> {
         for other in claims.iter().filter(|other| claim.is_none_or(|chosen| chosen != **other)) {
             // Of this node's own claims the first counts, and the others are no harm.
             if !(own && is_own(other, rules)) {
-                refused.push(Refusal { name: name.to_owned(), reason: reason::NAME_TAKEN, message: taken(own, other) });
+                refused.push(Refusal {
+                    name: name.to_owned(),
+                    reason: reason::NAME_TAKEN,
+                    message: taken(own, other),
+                });
             }
         }
         let authority = claim.or(claims.first().copied()).map(|c| &c.authority).or(rules.silent.get(name));
-        let memory = memory.filter(|memory| !rebuilt(memory, authority));
+        // Only this node itself is a party without a Node object once all are known.
+        let gone = rules.synced && authority.is_none();
+        let memory = memory.filter(|memory| !gone && !rebuilt(memory, authority));
         let mut party = Self {
             name,
             own,
@@ -115,14 +121,24 @@ impl<'a> Party<'a> {
     fn fault(&self, rules: &Rules<'_>) -> Option<(&'static str, String)> {
         let distinct: BTreeSet<PublicKey> = self.keys.iter().map(|key| key.public_key).collect();
         if self.keys.is_empty() || self.keys.len() > MAX_KEYS || distinct.len() < self.keys.len() {
-            let message = format!("claims {} keys of which {} differ, not 1 to {MAX_KEYS}", self.keys.len(), distinct.len());
+            let message = format!(
+                "claims {} keys of which {} differ, not 1 to {MAX_KEYS}",
+                self.keys.len(),
+                distinct.len()
+            );
             return Some((reason::INVALID_KEYS, message));
         }
         if let Some(key) = distinct.iter().find(|key| key.is_low_order()) {
-            return Some((reason::LOW_ORDER_KEY, format!("key {key} is of low order: every secret made with it is known")));
+            return Some((
+                reason::LOW_ORDER_KEY,
+                format!("key {key} is of low order: every secret made with it is known"),
+            ));
         }
         if let Some(key) = distinct.iter().find(|key| rules.own_keys.contains(key)) {
-            return Some((reason::DUPLICATE_KEY, format!("key {key} is this node's own ({})", rules.own_name)));
+            return Some((
+                reason::DUPLICATE_KEY,
+                format!("key {key} is this node's own ({})", rules.own_name),
+            ));
         }
         foreign(&self.prefixes, rules.pools).map(|message| (reason::FOREIGN_PREFIX, message))
     }
@@ -155,10 +171,12 @@ fn best_claim<'a>(claims: &[&'a Claim], memory: Option<&Incumbent>) -> Option<&'
     if let [only] = claims {
         return Some(only);
     }
-    let held = &memory?.keys;
+    let memory = memory?;
+    let held = &memory.keys;
     let likeness = |claim: &Claim| {
         let keys = &claim.announcement.keys;
         let shared = keys.iter().filter(|key| held.contains(&key.public_key)).count();
+        let shared = if rebuilt(memory, Some(&claim.authority)) { 0 } else { shared };
         (shared, std::cmp::Reverse(keys.len().saturating_sub(shared)))
     };
     let best = claims.iter().map(|claim| likeness(claim)).max().filter(|best| best.0 > 0)?;
