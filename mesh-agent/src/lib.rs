@@ -5,11 +5,6 @@
 //! and `api` tells it.
 
 pub mod desired;
-pub mod files;
-pub mod names;
-pub mod own;
 pub mod reconcile;
 pub mod snapshot;
-pub mod status;
-pub mod wireguard;
 pub mod status;
