@@ -4,7 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, PerCpuHashMap, RingBuf};
-use aya::programs::SchedClassifier;
+use aya::programs::{SchedClassifier, TestRun, TestRunOptions};
 use aya::{Ebpf, EbpfLoader};
 use margay_bpf::layout::{Addr, Config, Count, CounterKey, Decision, LAYOUT_VERSION, Reason, TableKey};
 use nix::net::if_::{if_indextoname, if_nametoindex};
@@ -81,6 +81,9 @@ impl std::fmt::Debug for Enforcer {
             .finish_non_exhaustive()
     }
 }
+
+/// `linux/pkt_cls.h`.
+const TC_ACT_SHOT: u32 = 2;
 
 const POD: [&str; 2] = ["pod_egress", "pod_ingress"];
 const TUNNEL: [&str; 1] = ["tunnel_ingress"];
@@ -239,6 +242,26 @@ impl Enforcer {
         }
         list.sort_by_key(|counter| (counter.ifindex, counter.direction, counter.reason));
         Ok(list)
+    }
+
+    /// Runs one of our programs on a packet by `BPF_PROG_TEST_RUN`, as if it stood at device `ifindex` and had come in through
+    /// device `input`. True if it passes.
+    pub fn test_run(
+        &mut self,
+        name: &'static str,
+        ifindex: u32,
+        input: u32,
+        packet: &[u8],
+    ) -> Result<bool, Error> {
+        // struct __sk_buff up to ifindex; the kernel takes the rest as zero.
+        let mut context = [0; 44];
+        context[36..40].copy_from_slice(&input.to_ne_bytes());
+        context[40..44].copy_from_slice(&ifindex.to_ne_bytes());
+        let options = TestRunOptions { data_in: Some(packet), ctx_in: Some(&context), ..TestRunOptions::new() };
+        let result = program(&mut self.programs, name)?
+            .test_run(options)
+            .map_err(|source| Error::Program { program: name, source: Box::new(source) })?;
+        Ok(result.return_value != TC_ACT_SHOT)
     }
 
     fn forget_counters(&mut self, ifindex: u32) -> Result<(), Error> {

@@ -14,10 +14,18 @@ mod maps;
 pub mod model;
 mod object;
 mod pins;
+pub mod reference;
 mod select;
+pub mod simulate;
 
 pub use apply::ApplyReport;
 pub use compile::{Compiled, compile};
 pub use enforcer::{AttachMode, Attached, Enforcer, Options};
 pub use error::Error;
 pub use events::{Counter, Event, Events};
+
+/// Where the kernel judges a packet, and its verdict: for simulation.
+pub use margay_bpf::{
+    layout::{Reason, direction},
+    verdict::{Hook, Verdict},
+};

@@ -44,20 +44,7 @@ pub struct Kernel;
 
 const HOST: u32 = 128;
 
-impl verdict::Maps for Kernel {
-    type Conn = &'static Connection;
-
-    #[inline(always)]
-    fn now(&self) -> u64 {
-        // SAFETY: the helper has no precondition.
-        unsafe { bpf_ktime_get_ns() }
-    }
-
-    #[inline(always)]
-    fn revision(&self) -> u32 {
-        CONFIG.get(0).map_or(0, |config| config.revision)
-    }
-
+impl verdict::Policy for Kernel {
     #[inline(always)]
     fn endpoint(&self, ifindex: u32) -> Option<&Endpoint> {
         // SAFETY: entries are replaced, never written in place, and live until the program ends (RCU).
@@ -89,6 +76,27 @@ impl verdict::Maps for Kernel {
     #[inline(always)]
     fn range(&self, address: &Addr) -> Option<u32> {
         RANGES.get(&Key::new(HOST, *address)).copied()
+    }
+}
+
+impl verdict::Maps for Kernel {
+    type Policy = Self;
+    type Conn = &'static Connection;
+
+    #[inline(always)]
+    fn policy(&self) -> &Self {
+        self
+    }
+
+    #[inline(always)]
+    fn now(&self) -> u64 {
+        // SAFETY: the helper has no precondition.
+        unsafe { bpf_ktime_get_ns() }
+    }
+
+    #[inline(always)]
+    fn revision(&self) -> u32 {
+        CONFIG.get(0).map_or(0, |config| config.revision)
     }
 
     #[inline(always)]

@@ -12,15 +12,8 @@ use crate::layout::{
 use crate::parse::{self, Bytes, Kind, Packet, Start};
 use crate::track;
 
-/// The maps as the verdict sees them.
-pub trait Maps {
-    /// A connection that may be changed in place.
-    type Conn: Deref<Target = Connection>;
-
-    /// Monotonic time, ns.
-    fn now(&self) -> u64;
-    /// The policy's present revision.
-    fn revision(&self) -> u32;
+/// What was compiled, as the verdict sees it.
+pub trait Policy {
     /// The endpoint at a device.
     fn endpoint(&self, ifindex: u32) -> Option<&Endpoint>;
     /// A pod's address.
@@ -33,6 +26,21 @@ pub trait Maps {
     fn decision(&self, key: &TableKey) -> Option<&Decision>;
     /// Whose range a source behind the tunnel is in: one of [`range`].
     fn range(&self, address: &Addr) -> Option<u32>;
+}
+
+/// All maps, and the clock.
+pub trait Maps {
+    /// What was compiled.
+    type Policy: Policy;
+    /// A connection that may be changed in place.
+    type Conn: Deref<Target = Connection>;
+
+    /// What was compiled.
+    fn policy(&self) -> &Self::Policy;
+    /// Monotonic time, ns.
+    fn now(&self) -> u64;
+    /// The policy's present revision.
+    fn revision(&self) -> u32;
     /// A tracked connection.
     fn connection(&self, key: &ConnKey) -> Option<Self::Conn>;
     /// Tracks a connection.
@@ -82,7 +90,7 @@ pub fn judge_tunnel<M: Maps, B: Bytes>(maps: &M, bytes: B, packet: &mut Packet) 
     if let Err(reason) = parse::addresses(bytes, packet) {
         return Verdict::plain(reason);
     }
-    Verdict::plain(match maps.range(&packet.source) {
+    Verdict::plain(match maps.policy().range(&packet.source) {
         Some(range::REMOTE) => Reason::Tunnel,
         Some(range::OWN) => Reason::TunnelOwnSource,
         _ => Reason::TunnelUnknownSource,
@@ -144,13 +152,13 @@ fn judge_slowly<M: Maps, B: Bytes>(
     now: u64,
 ) -> Verdict {
     let to_pod = hook.direction == direction::INGRESS;
-    let Some(endpoint) = maps.endpoint(hook.ifindex) else {
+    let Some(endpoint) = maps.policy().endpoint(hook.ifindex) else {
         return Verdict::plain(Reason::UnknownEndpoint);
     };
     if endpoint.closed != 0 {
         return Verdict::plain(Reason::Closed);
     }
-    let own = maps.address(&key.local).is_some_and(|address| address.ifindex == hook.ifindex);
+    let own = maps.policy().address(&key.local).is_some_and(|address| address.ifindex == hook.ifindex);
     if !to_pod && !own {
         return Verdict::plain(if key.local.is_link_local() { Reason::LinkLocal } else { Reason::Spoofed });
     }
@@ -190,7 +198,7 @@ fn judge_slowly<M: Maps, B: Bytes>(
         bits |= state::LOCAL_NODE;
         Verdict::plain(Reason::LocalNode)
     } else {
-        judge_new(maps, endpoint, to_pod, &key.remote, packet.protocol, packet.destination_port)
+        judge_new(maps.policy(), endpoint, to_pod, &key.remote, packet.protocol, packet.destination_port)
     };
     // An echo reply without a request opens nothing, and a flow to an address that is not the pod's is none of its flows.
     let opens = packet.kind == Kind::Flow && (packet.opens || !track::is_icmp(packet.protocol));
@@ -202,8 +210,8 @@ fn judge_slowly<M: Maps, B: Bytes>(
 
 /// Policy itself: may this endpoint have a connection with that address and port?
 #[inline(always)]
-fn judge_new<M: Maps>(
-    maps: &M,
+pub fn judge_new<P: Policy>(
+    policy: &P,
     endpoint: &Endpoint,
     to_pod: bool,
     remote: &Addr,
@@ -218,16 +226,16 @@ fn judge_new<M: Maps>(
     if set == NOT_ISOLATED {
         return Verdict::plain(Reason::NotIsolated);
     }
-    let identity = match maps.address(remote) {
+    let identity = match policy.address(remote) {
         Some(address) => address.identity,
-        None => maps.prefix(remote).unwrap_or(WORLD),
+        None => policy.prefix(remote).unwrap_or(WORLD),
     };
-    let table = maps.table(&SetKey { set, identity }).unwrap_or(default);
+    let table = policy.table(&SetKey { set, identity }).unwrap_or(default);
     let denied = Verdict { reason: Reason::DefaultDeny, set, rule: 0, identity };
     if table == EMPTY_TABLE {
         return denied;
     }
-    match maps.decision(&TableKey::new(table, protocol, port)) {
+    match policy.decision(&TableKey::new(table, protocol, port)) {
         Some(decision) if decision.allow == 1 => {
             Verdict { reason: Reason::Rule, rule: decision.rule, ..denied }
         }
@@ -254,7 +262,7 @@ fn is_live<M: Maps>(
     let verdict = if bits & state::LOCAL_NODE != 0 {
         Verdict::plain(Reason::LocalNode)
     } else {
-        judge_new(maps, endpoint, opened_to_pod, &key.remote, key.protocol, port)
+        judge_new(maps.policy(), endpoint, opened_to_pod, &key.remote, key.protocol, port)
     };
     let live = verdict.reason.allows();
     connection.state.set(if live { bits & !state::CUT } else { bits | state::CUT });

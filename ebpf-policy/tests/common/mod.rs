@@ -3,6 +3,9 @@
 
 #![allow(clippy::unwrap_used, dead_code, unreachable_pub, reason = "tests; each binary uses a part")]
 
+pub mod cluster;
+pub mod packet;
+
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::path::{Path, PathBuf};
