@@ -2,10 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use keyservice::Announcement;
 use keyservice::admission::Incumbents;
 use keyservice::announcement::ANNOTATIONS;
-use keyservice::keyfile;
+use keyservice::keyfile::{self, KeyFileProblem};
+use keyservice::{Announcement, KeyError};
 
 /// One annotation a line, in the order of `ANNOTATIONS`; a line of `-` leaves it out.
 pub fn announcement(data: &[u8]) {
@@ -32,11 +32,10 @@ pub fn incumbents(data: &[u8]) {
 pub fn key_file(data: &[u8]) {
     match keyfile::parse(data) {
         Ok(key) => assert_eq!(key.public(), keyfile::parse(data).expect("the same bytes").public()),
-        Err(problem) => {
-            // The bytes may be a secret with one character wrong.
-            let message = problem.to_string();
-            let text = String::from_utf8_lossy(data);
-            assert!(text.trim().len() < 8 || !message.contains(text.trim()), "{message}");
-        }
+        // Nothing that could quote the bytes, which may be a secret with one character wrong.
+        Err(
+            KeyFileProblem::Empty | KeyFileProblem::Key(KeyError::Encoding("base64") | KeyError::Length(_)),
+        ) => {}
+        Err(problem) => panic!("{problem}"),
     }
 }
