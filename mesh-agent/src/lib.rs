@@ -5,6 +5,9 @@
 //! and `api` tells it.
 
 pub mod desired;
+pub mod files;
+pub mod own;
 pub mod reconcile;
 pub mod snapshot;
 pub mod status;
+pub mod wireguard;

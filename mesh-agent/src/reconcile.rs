@@ -8,6 +8,18 @@ use futures::future::BoxFuture;
 
 use crate::desired::Desired;
 
+pub mod addresses;
+#[cfg(test)]
+mod laws;
+pub mod links;
+pub mod masquerade;
+pub mod neighbours;
+pub mod netlink;
+pub mod routes;
+pub mod rules;
+pub mod sysctls;
+pub mod wireguard;
+
 /// The order in which reconcilers run. Policy comes before anything that lets a packet through, the
 /// unreachable fall-back before the routes it backs, a peer before the route to it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

@@ -1,0 +1,216 @@
+//! Keys, peers and allowed IPs of the WireGuard devices.
+//!
+//! A running device is taken over without touching it: only what differs is written, allowed IPs one by
+//! one, and an endpoint only when the desired one changes, so that a peer that roamed stays where it is.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::time::{Duration, SystemTime};
+
+use futures::future::BoxFuture;
+use ipnet::IpNet;
+use keyservice::{PresharedKey, PublicKey};
+use mesh_uapi::{Device, Op, Peer, PeerUpdate};
+
+use super::{ReconcileError, Reconciler, Report, Stage};
+use crate::desired::{Desired, WireguardDevice, WireguardPeer};
+use crate::wireguard::{DatapathError, Datapaths, KeyRing};
+
+/// WireGuard's REJECT_AFTER_TIME (whitepaper section 6.1): an older session carries nothing.
+const REJECT_AFTER: Duration = Duration::from_secs(180);
+
+/// The desired endpoints as they were last written (or taken over), by peer.
+pub type Endpoints = BTreeMap<PublicKey, SocketAddr>;
+
+/// What to change on a device whose key is right or in `keys`. `endpoints` is what was last written.
+pub fn diff(
+    actual: &Device,
+    desired: &WireguardDevice,
+    prune: bool,
+    endpoints: &Endpoints,
+    keys: &KeyRing,
+    now: SystemTime,
+) -> Vec<Op> {
+    let mut ops = Vec::new();
+    if actual.public_key != Some(desired.public_key) {
+        ops.extend(keys.get(&desired.public_key).cloned().map(Op::SetPrivateKey));
+    }
+    if actual.listen_port != desired.listen_port {
+        ops.push(Op::SetListenPort(desired.listen_port));
+    }
+    if actual.fwmark != desired.fwmark {
+        ops.push(Op::SetFwmark(desired.fwmark));
+    }
+    let owned: BTreeSet<IpNet> = desired.peers.values().flat_map(|peer| &peer.allowed_ips).copied().collect();
+    for (key, wish) in &desired.peers {
+        let update = match actual.peers.get(key) {
+            None => Some(addition(wish)),
+            Some(peer) => change(peer, wish, prune, &owned, endpoints.get(key), now),
+        };
+        ops.extend(update.map(|update| Op::SetPeer(*key, update)));
+    }
+    if prune {
+        // Last, so that a prefix of theirs that moved has its new owner already.
+        let gone = actual.peers.keys().filter(|key| !desired.peers.contains_key(*key));
+        ops.extend(gone.map(|key| Op::RemovePeer(*key)));
+    }
+    ops
+}
+
+fn addition(wish: &WireguardPeer) -> PeerUpdate {
+    PeerUpdate {
+        endpoint: wish.endpoint,
+        persistent_keepalive: Some(wish.persistent_keepalive),
+        add_allowed_ips: wish.allowed_ips.clone(),
+        ..PeerUpdate::default()
+    }
+}
+
+/// The change to a peer that is there; `None` for none.
+fn change(
+    peer: &Peer,
+    wish: &WireguardPeer,
+    prune: bool,
+    owned: &BTreeSet<IpNet>,
+    written: Option<&SocketAddr>,
+    now: SystemTime,
+) -> Option<PeerUpdate> {
+    let stale = peer.allowed_ips.difference(&wish.allowed_ips);
+    let update = PeerUpdate {
+        update_only: true,
+        // We set none; one that is there breaks every handshake.
+        preshared_key: peer.has_preshared_key.then(|| PresharedKey::from_bytes([0; 32])),
+        endpoint: wish.endpoint.filter(|wish| writes_endpoint(peer, *wish, written, now)),
+        persistent_keepalive: (peer.persistent_keepalive != wish.persistent_keepalive)
+            .then_some(wish.persistent_keepalive),
+        add_allowed_ips: wish.allowed_ips.difference(&peer.allowed_ips).copied().collect(),
+        // What another peer is to own moves there by being added: never without an owner in between.
+        remove_allowed_ips: stale.filter(|prefix| prune && !owned.contains(*prefix)).copied().collect(),
+        replace_allowed_ips: false,
+    };
+    let empty = update.preshared_key.is_none()
+        && update.endpoint.is_none()
+        && update.persistent_keepalive.is_none()
+        && update.add_allowed_ips.is_empty()
+        && update.remove_allowed_ips.is_empty();
+    (!empty).then_some(update)
+}
+
+fn writes_endpoint(peer: &Peer, wish: SocketAddr, written: Option<&SocketAddr>, now: SystemTime) -> bool {
+    match written {
+        _ if peer.endpoint == Some(wish) => false,
+        _ if peer.endpoint.is_none() => true,
+        Some(written) => *written != wish,
+        // Found at the first pass of a new agent: a session that lives knows better where its peer is.
+        None => !is_live(peer, now),
+    }
+}
+
+fn is_live(peer: &Peer, now: SystemTime) -> bool {
+    peer.last_handshake.is_some_and(|at| now.duration_since(at).unwrap_or_default() < REJECT_AFTER)
+}
+
+/// What to take from a device of ours that nobody wants any more: the key and every peer.
+pub fn diff_unwanted(actual: &Device) -> Vec<Op> {
+    let mut ops: Vec<Op> = actual.peers.keys().map(|key| Op::RemovePeer(*key)).collect();
+    ops.extend(actual.public_key.map(|_| Op::ClearPrivateKey));
+    ops
+}
+
+/// Keeps [`Desired::wireguard`].
+pub struct WireguardReconciler {
+    datapaths: Box<dyn Datapaths>,
+    keys: KeyRing,
+    endpoints: BTreeMap<String, Endpoints>,
+}
+
+impl WireguardReconciler {
+    /// Over these devices, with the node's keys.
+    pub fn new(datapaths: Box<dyn Datapaths>, keys: KeyRing) -> Self {
+        Self { datapaths, keys, endpoints: BTreeMap::new() }
+    }
+
+    async fn keep(
+        &mut self,
+        name: &str,
+        wish: &WireguardDevice,
+        prune: bool,
+        report: &mut Report,
+    ) -> Result<(), ReconcileError> {
+        let datapath = self.datapaths.open(name);
+        let failed = |error: DatapathError| {
+            let hint = match &error {
+                DatapathError::Absent(_) => format!("; is mesh-datapath@{name} running?"),
+                DatapathError::Failed(_) => String::new(),
+            };
+            ReconcileError::new(format_args!("device {name}"), format_args!("{error}{hint}"))
+        };
+        let actual = datapath.read().await.map_err(failed)?;
+        if actual.public_key != Some(wish.public_key) && self.keys.get(&wish.public_key).is_none() {
+            let message = format!("the private half of {} is not on this node", wish.public_key);
+            return Err(ReconcileError::new(format_args!("device {name}"), message));
+        }
+        let endpoints = self.endpoints.entry(name.to_owned()).or_default();
+        #[allow(clippy::disallowed_methods)] // The edge: diff takes it as a value.
+        let now = SystemTime::now();
+        let ops = diff(&actual, wish, prune, endpoints, &self.keys, now);
+        let count = ops.len() as u64;
+        if count > 0 {
+            datapath.apply(ops).await.map_err(failed)?;
+            report.operations += count;
+        }
+        *endpoints = wish.peers.iter().filter_map(|(key, peer)| peer.endpoint.map(|to| (*key, to))).collect();
+        Ok(())
+    }
+
+    async fn strip(&mut self, name: &str, report: &mut Report) -> Result<(), ReconcileError> {
+        self.endpoints.remove(name);
+        let datapath = self.datapaths.open(name);
+        let failed = |error: DatapathError| ReconcileError::new(format_args!("device {name}"), error);
+        let ops = match datapath.read().await {
+            Ok(actual) => diff_unwanted(&actual),
+            // A dead datapath has taken its key and peers along.
+            Err(DatapathError::Absent(_)) => return Ok(()),
+            Err(error) => return Err(failed(error)),
+        };
+        let count = ops.len() as u64;
+        if count > 0 {
+            datapath.apply(ops).await.map_err(failed)?;
+        }
+        report.operations += count;
+        Ok(())
+    }
+}
+
+impl Reconciler for WireguardReconciler {
+    fn name(&self) -> &'static str {
+        "wireguard"
+    }
+
+    fn stage(&self) -> Stage {
+        Stage::Wireguard
+    }
+
+    fn reconcile<'a>(&'a mut self, desired: &'a Desired) -> BoxFuture<'a, Result<Report, ReconcileError>> {
+        Box::pin(async move {
+            let mut report = Report::default();
+            for (name, wish) in &desired.wireguard {
+                if let Err(error) = self.keep(name, wish, desired.prune, &mut report).await {
+                    report.errors.push(error);
+                }
+            }
+            if desired.prune {
+                let unwanted = self.datapaths.names();
+                for name in unwanted.iter().filter(|name| !desired.wireguard.contains_key(*name)) {
+                    if let Err(error) = self.strip(name, &mut report).await {
+                        report.errors.push(error);
+                    }
+                }
+            }
+            Ok(report)
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests;

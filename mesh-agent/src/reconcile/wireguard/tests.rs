@@ -1,0 +1,228 @@
+#![allow(clippy::unwrap_used)]
+
+use super::*;
+use crate::reconcile::laws;
+use crate::wireguard::memory::{MemoryDatapath, MemoryDatapaths, carry_out};
+use keyservice::PrivateKey;
+use proptest::collection::{btree_map, btree_set};
+use proptest::prelude::*;
+
+fn own() -> PrivateKey {
+    PrivateKey::from_bytes(&[7; 32])
+}
+
+fn key(n: u8) -> PublicKey {
+    PublicKey::from_bytes([n; 32])
+}
+
+fn net(text: &str) -> IpNet {
+    text.parse().unwrap()
+}
+
+fn at(port: u16) -> SocketAddr {
+    SocketAddr::from(([192, 0, 2, 1], port))
+}
+
+fn now() -> SystemTime {
+    SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000)
+}
+
+fn peer(prefixes: &[&str], endpoint: u16) -> WireguardPeer {
+    WireguardPeer {
+        name: "b".into(),
+        endpoint: Some(at(endpoint)),
+        allowed_ips: prefixes.iter().map(|prefix| net(prefix)).collect(),
+        persistent_keepalive: 0,
+    }
+}
+
+fn device(peers: impl IntoIterator<Item = (u8, WireguardPeer)>) -> WireguardDevice {
+    WireguardDevice {
+        public_key: own().public(),
+        listen_port: 51820,
+        fwmark: 0,
+        peers: peers.into_iter().map(|(n, peer)| (key(n), peer)).collect(),
+    }
+}
+
+fn desired(device: WireguardDevice) -> Desired {
+    Desired { prune: true, wireguard: [("margay0".to_owned(), device)].into(), ..Desired::default() }
+}
+
+fn reconciler(datapath: &MemoryDatapath) -> WireguardReconciler {
+    let datapaths = MemoryDatapaths([("margay0".to_owned(), datapath.clone())].into());
+    WireguardReconciler::new(Box::new(datapaths), KeyRing::new([own()]))
+}
+
+async fn pass(reconciler: &mut WireguardReconciler, desired: &Desired) -> u64 {
+    let report = reconciler.reconcile(desired).await.unwrap();
+    assert!(report.errors.is_empty(), "{report:?}");
+    report.operations
+}
+
+#[tokio::test]
+async fn a_new_agent_takes_a_running_device_over_without_an_operation() {
+    let datapath = MemoryDatapath::default();
+    let desired = desired(device([(1, peer(&["10.1.0.0/24"], 1)), (2, peer(&["10.2.0.0/24"], 2))]));
+    assert!(pass(&mut reconciler(&datapath), &desired).await > 0);
+    datapath.take_applied();
+    assert_eq!(pass(&mut reconciler(&datapath), &desired).await, 0);
+    assert!(datapath.take_applied().is_empty());
+}
+
+#[tokio::test]
+async fn a_roamed_endpoint_survives_until_the_desired_one_changes() {
+    let datapath = MemoryDatapath::default();
+    let mut agent = reconciler(&datapath);
+    let wish = desired(device([(1, peer(&["10.1.0.0/24"], 1))]));
+    pass(&mut agent, &wish).await;
+    datapath.change(|device| device.peers.get_mut(&key(1)).unwrap().endpoint = Some(at(999)));
+    assert_eq!(pass(&mut agent, &wish).await, 0);
+    let moved = desired(device([(1, peer(&["10.1.0.0/24"], 2))]));
+    assert_eq!(pass(&mut agent, &moved).await, 1);
+    let seen = crate::wireguard::Datapath::read(&datapath).await.unwrap();
+    assert_eq!(seen.peers[&key(1)].endpoint, Some(at(2)));
+}
+
+#[test]
+fn at_takeover_a_live_session_keeps_its_endpoint_and_a_dead_one_gets_ours() {
+    let wish = device([(1, peer(&["10.1.0.0/24"], 1))]);
+    let mut actual = Device::default();
+    let none = Endpoints::new();
+    for op in diff(&actual, &wish, true, &none, &KeyRing::new([own()]), now()) {
+        carry_out(&mut actual, &op);
+    }
+    let mut case = |handshake: Option<u64>| {
+        let peer = actual.peers.get_mut(&key(1)).unwrap();
+        peer.endpoint = Some(at(999));
+        peer.last_handshake = handshake.map(|age| now() - Duration::from_secs(age));
+        diff(&actual, &wish, true, &none, &KeyRing::default(), now()).len()
+    };
+    assert_eq!((case(Some(10)), case(Some(500)), case(None)), (0, 1, 1));
+}
+
+#[test]
+fn a_prefix_that_moves_is_one_operation_on_its_new_owner() {
+    let keys = KeyRing::new([own()]);
+    let none = Endpoints::new();
+    let mut actual = Device::default();
+    let before = device([(1, peer(&["10.1.0.0/24", "10.9.0.0/24"], 1)), (2, peer(&["10.2.0.0/24"], 2))]);
+    for op in diff(&actual, &before, true, &none, &keys, now()) {
+        carry_out(&mut actual, &op);
+    }
+    let after = device([(1, peer(&["10.1.0.0/24"], 1)), (2, peer(&["10.2.0.0/24", "10.9.0.0/24"], 2))]);
+    let ops = diff(&actual, &after, true, &none, &keys, now());
+    let [Op::SetPeer(owner, update)] = ops.as_slice() else { panic!("{ops:?}") };
+    assert_eq!((*owner, &update.add_allowed_ips), (key(2), &BTreeSet::from([net("10.9.0.0/24")])));
+    assert!(update.remove_allowed_ips.is_empty() && !update.replace_allowed_ips);
+    carry_out(&mut actual, &ops[0]);
+    assert!(diff(&actual, &after, true, &none, &keys, now()).is_empty());
+}
+
+#[tokio::test]
+async fn a_restarted_datapath_gets_everything_again() {
+    let datapath = MemoryDatapath::default();
+    let mut agent = reconciler(&datapath);
+    let wish = desired(device([(1, peer(&["10.1.0.0/24"], 1))]));
+    pass(&mut agent, &wish).await;
+    datapath.change(|device| *device = Device::default());
+    pass(&mut agent, &wish).await;
+    let seen = crate::wireguard::Datapath::read(&datapath).await.unwrap();
+    assert_eq!((seen.public_key, seen.peers[&key(1)].endpoint), (Some(own().public()), Some(at(1))));
+}
+
+#[tokio::test]
+async fn cleanup_leaves_neither_key_nor_peer() {
+    let datapath = MemoryDatapath::default();
+    let mut agent = reconciler(&datapath);
+    pass(&mut agent, &desired(device([(1, peer(&["10.1.0.0/24"], 1))]))).await;
+    let nothing = Desired { prune: true, ..Desired::default() };
+    assert_eq!(pass(&mut agent, &nothing).await, 2);
+    let seen = crate::wireguard::Datapath::read(&datapath).await.unwrap();
+    assert!(seen.public_key.is_none() && seen.peers.is_empty());
+    assert_eq!(pass(&mut agent, &nothing).await, 0);
+}
+
+#[tokio::test]
+async fn an_absent_device_names_its_unit_and_a_foreign_key_its_public_half() {
+    let mut agent = WireguardReconciler::new(Box::new(MemoryDatapaths::default()), KeyRing::new([own()]));
+    let report = agent.reconcile(&desired(device([]))).await.unwrap();
+    assert!(report.errors[0].to_string().contains("is mesh-datapath@margay0 running?"), "{report:?}");
+
+    let mut agent = reconciler(&MemoryDatapath::default());
+    let stranger = WireguardDevice { public_key: key(9), ..device([]) };
+    let report = agent.reconcile(&desired(stranger)).await.unwrap();
+    assert!(report.errors[0].to_string().contains(&key(9).to_string()), "{report:?}");
+    assert_eq!(format!("{:?}", KeyRing::new([own()])), format!("{{{:?}}}", own().public()));
+}
+
+fn prefixes() -> impl Strategy<Value = BTreeSet<IpNet>> {
+    btree_set((0..6u8).prop_map(|n| IpNet::new([10, n, 0, 0].into(), 24).unwrap()), 0..4)
+}
+
+prop_compose! {
+    fn wish()(peers in btree_map(1..5u8, (prefixes(), 0..3u16, 0..2u16), 0..4)) -> WireguardDevice {
+        let mut taken = BTreeSet::new();
+        let peers = peers.into_iter().map(|(n, (mut prefixes, endpoint, keepalive))| {
+            prefixes.retain(|prefix| taken.insert(*prefix));
+            (n, WireguardPeer {
+                name: String::new(),
+                endpoint: (endpoint > 0).then(|| at(endpoint)),
+                allowed_ips: prefixes,
+                persistent_keepalive: keepalive,
+            })
+        });
+        device(peers)
+    }
+}
+
+prop_compose! {
+    fn state()(
+        keyed: bool, port: bool,
+        peers in btree_map(1..5u8, (prefixes(), 0..3u16, any::<bool>()), 0..4),
+    ) -> Device {
+        let mut start = Device {
+            public_key: keyed.then(|| own().public()),
+            listen_port: if port { 51820 } else { 0 },
+            ..Device::default()
+        };
+        for (n, (add_allowed_ips, endpoint, preshared)) in peers {
+            carry_out(&mut start, &Op::SetPeer(key(n), PeerUpdate {
+                add_allowed_ips,
+                endpoint: (endpoint > 0).then(|| at(endpoint)),
+                preshared_key: Some(PresharedKey::from_bytes([u8::from(preshared); 32])),
+                ..PeerUpdate::default()
+            }));
+        }
+        start
+    }
+}
+
+proptest! {
+    #[test]
+    fn a_device_becomes_as_desired(
+        start in state(), wish in wish(), prune: bool, failures in laws::failures(),
+    ) {
+        let keys = KeyRing::new([own()]);
+        let none = Endpoints::new();
+        let step = |actual: &Device| diff(actual, &wish, prune, &none, &keys, now());
+        let end = laws::converge(start.clone(), failures, step, carry_out)?;
+        prop_assert_eq!(end.public_key, Some(wish.public_key));
+        prop_assert_eq!(end.listen_port, wish.listen_port);
+        for (key, wish) in &wish.peers {
+            let peer = &end.peers[key];
+            prop_assert!(!peer.has_preshared_key);
+            prop_assert!(wish.endpoint.is_none() || peer.endpoint == wish.endpoint);
+            prop_assert_eq!(peer.persistent_keepalive, wish.persistent_keepalive);
+            match prune {
+                true => prop_assert_eq!(&peer.allowed_ips, &wish.allowed_ips),
+                false => prop_assert!(peer.allowed_ips.is_superset(&wish.allowed_ips)),
+            }
+        }
+        let strangers: Vec<_> = end.peers.keys().filter(|key| !wish.peers.contains_key(*key)).collect();
+        match prune {
+            true => prop_assert!(strangers.is_empty()),
+            false => prop_assert!(start.peers.keys().all(|key| end.peers.contains_key(key))),
+        }
+    }
+}
