@@ -31,6 +31,17 @@ pub struct DeviceSeen {
     pub device: Option<Device>,
 }
 
+/// The last pass of a reconciler, successful or not.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Pass {
+    /// Of the plan it worked on.
+    pub generation: u64,
+    /// It could not even read what is there: nothing was done.
+    pub aborted: bool,
+    /// What could not be made so.
+    pub errors: Vec<ReconcileError>,
+}
+
 /// Everything on the board at one moment.
 #[derive(Debug, Clone, Default)]
 pub struct Observed {
@@ -40,6 +51,8 @@ pub struct Observed {
     pub desired: Arc<Desired>,
     /// The reconcilers in the order they run.
     pub reconcilers: Vec<ReconcilerStatus>,
+    /// Their last passes, by name.
+    pub passes: BTreeMap<String, Pass>,
     /// Issues by who found them; each reporter replaces its own.
     pub issues: BTreeMap<String, Vec<Issue>>,
     /// Devices by name.
@@ -122,6 +135,7 @@ impl Board {
     pub fn passed(&self, name: &str, generation: u64, outcome: &Result<Report, ReconcileError>) {
         self.observed.send_modify(|seen| {
             let row = row(&mut seen.reconcilers, name);
+            let aborted = outcome.is_err();
             let errors = match outcome {
                 Ok(report) => {
                     row.operations = row.operations.saturating_add(report.operations);
@@ -137,6 +151,8 @@ impl Board {
                 row.state = "error".to_owned();
                 row.error = Some(sentence(errors));
             }
+            let pass = Pass { generation, aborted, errors: errors.to_vec() };
+            seen.passes.insert(name.to_owned(), pass);
         });
     }
 

@@ -13,12 +13,8 @@ fn planned() -> Board {
         allowed_ips: ["10.244.2.0/24".parse().unwrap()].into(),
         persistent_keepalive: 0,
     };
-    let device = WireguardDevice {
-        public_key: key(1),
-        listen_port: 51820,
-        fwmark: 0,
-        peers: [(key(2), peer)].into(),
-    };
+    let device =
+        WireguardDevice { public_key: key(1), listen_port: 51820, fwmark: 0, peers: [(key(2), peer)].into() };
     let desired =
         Desired { generation: 3, wireguard: [("margay0".to_owned(), device)].into(), ..Desired::default() };
     let board = Board::new(&["policy", "routes"]);
