@@ -4,7 +4,6 @@
 //! removed after nothing does. Endpoints and addresses are switched one by one, each in one atomic step: at every moment a packet
 //! is judged by the old or by the new policy, or is denied. Last the revision moves on, and live connections are judged again.
 
-use aya::maps::{Array, MapData};
 use margay_bpf::layout::{
     Addr, Address, Config, Decision, Endpoint, IdentityId, LAYOUT_VERSION, SetKey, TableId,
 };
@@ -24,7 +23,7 @@ pub struct ApplyReport {
 
 /// All maps that policy is made of.
 pub(crate) struct State {
-    pub(crate) config: Array<MapData, Config>,
+    pub(crate) config: Mirror<u32, Config>,
     pub(crate) endpoints: Mirror<u32, Endpoint>,
     pub(crate) addresses: Mirror<Addr, Address>,
     pub(crate) prefixes: Mirror<Prefix, IdentityId>,
@@ -75,9 +74,10 @@ impl State {
 
     /// The policy's revision; connections judged under another one are judged again.
     fn advance(&mut self) -> Result<(), Error> {
-        let read = |source| Error::map("read", "CONFIG", source);
-        let revision = self.config.get(&0, 0).map_err(read)?.revision.wrapping_add(1);
-        let config = Config { layout: LAYOUT_VERSION, revision };
-        self.config.set(0, config, 0).map_err(|source| Error::map("write to", "CONFIG", source))
+        let revision = self.config.current.get(&0).map_or(0, |config| config.revision).wrapping_add(1);
+        self.config.put(0, Config { layout: LAYOUT_VERSION, revision })
     }
 }
+
+#[cfg(test)]
+mod tests;

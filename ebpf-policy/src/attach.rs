@@ -132,15 +132,16 @@ pub(crate) fn replace(pins: &Pins, loaded: &mut SchedClassifier, of: &Attachment
 /// Takes a program off a device; absent is success.
 pub(crate) fn detach(pins: &Pins, of: &Attachment) -> Result<(), Error> {
     let path = pins.attachment(of);
-    if of.via == Via::Clsact && exists(&path)? {
-        if let Some(ifname) = crate::enforcer::ifname(of.ifindex) {
-            let failed = |source| Error::attach(of.program, &ifname, source);
-            let link = clsact_link(of, &ifname).map_err(|error| failed(error.into()))?;
-            match aya::programs::links::Link::detach(link) {
-                Ok(()) => {}
-                Err(error) if is_gone(&error) => {}
-                Err(error) => return Err(failed(error)),
-            }
+    if of.via == Via::Clsact
+        && exists(&path)?
+        && let Some(ifname) = crate::enforcer::ifname(of.ifindex)
+    {
+        let failed = |source| Error::attach(of.program, &ifname, source);
+        let link = clsact_link(of, &ifname).map_err(|error| failed(error.into()))?;
+        match aya::programs::links::Link::detach(link) {
+            Ok(()) => {}
+            Err(error) if is_gone(&error) => {}
+            Err(error) => return Err(failed(error)),
         }
     }
     // A TCX link lives as long as its pin.

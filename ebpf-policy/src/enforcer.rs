@@ -106,10 +106,7 @@ impl Enforcer {
         let mut programs = load(&object, wanted.keys().map(|name| (name.as_str(), dir.join(name))))?;
         let mut state = open_state(&mut programs)?;
         if !adopted {
-            state
-                .config
-                .set(0, Config { layout: LAYOUT_VERSION, revision: 1 }, 0)
-                .map_err(|source| Error::map("write to", "CONFIG", source))?;
+            state.config.put(0, Config { layout: LAYOUT_VERSION, revision: 1 })?;
         }
         let mut enforcer = Self {
             counters: take(&mut programs, "COUNTERS")?,
@@ -257,7 +254,8 @@ impl Enforcer {
         let mut context = [0; 44];
         context[36..40].copy_from_slice(&input.to_ne_bytes());
         context[40..44].copy_from_slice(&ifindex.to_ne_bytes());
-        let options = TestRunOptions { data_in: Some(packet), ctx_in: Some(&context), ..TestRunOptions::new() };
+        let options =
+            TestRunOptions { data_in: Some(packet), ctx_in: Some(&context), ..TestRunOptions::new() };
         let result = program(&mut self.programs, name)?
             .test_run(options)
             .map_err(|source| Error::Program { program: name, source: Box::new(source) })?;
@@ -320,7 +318,7 @@ fn take<T: TryFrom<Map, Error = MapError>>(ebpf: &mut Ebpf, name: &'static str) 
 
 fn open_state(ebpf: &mut Ebpf) -> Result<State, Error> {
     Ok(State {
-        config: take(ebpf, "CONFIG")?,
+        config: Mirror::open("CONFIG", take::<Array<_, _>>(ebpf, "CONFIG")?)?,
         endpoints: Mirror::open("ENDPOINTS", take::<HashMap<_, _, _>>(ebpf, "ENDPOINTS")?)?,
         addresses: Mirror::open("ADDRESSES", take::<HashMap<_, _, _>>(ebpf, "ADDRESSES")?)?,
         prefixes: Mirror::open("PREFIXES", take::<LpmTrie<_, Addr, _>>(ebpf, "PREFIXES")?)?,

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use aya::Pod;
 use aya::maps::lpm_trie::Key;
-use aya::maps::{HashMap, LpmTrie, MapData, MapError};
+use aya::maps::{Array, HashMap, LpmTrie, MapData, MapError};
 use margay_bpf::layout::{Addr, TableKey};
 
 use crate::compile::{Prefix, TablePrefix};
@@ -26,6 +26,19 @@ impl<K: Pod + Ord, V: Pod> Store<K, V> for HashMap<MapData, K, V> {
     }
     fn delete(&mut self, key: &K) -> Result<(), MapError> {
         self.remove(key)
+    }
+}
+
+impl<V: Pod> Store<u32, V> for Array<MapData, V> {
+    fn load(&self) -> Result<BTreeMap<u32, V>, MapError> {
+        (0..self.len()).map(|index| Ok((index, self.get(&index, 0)?))).collect()
+    }
+    fn put(&mut self, key: &u32, value: &V) -> Result<(), MapError> {
+        self.set(*key, *value, 0)
+    }
+    /// An array's elements are always there.
+    fn delete(&mut self, _: &u32) -> Result<(), MapError> {
+        Ok(())
     }
 }
 

@@ -17,7 +17,6 @@ pub(crate) const PROGRAMS: [&str; 3] = ["pod_egress", "pod_ingress", "tunnel_ing
 
 /// The object's bytes: the committed ones, unless `MARGAY_BPF_OBJECT` names a file (for comparing tool chains).
 pub(crate) fn bytes() -> Result<Cow<'static, [u8]>, Error> {
-    #[expect(clippy::disallowed_methods, reason = "the one edge where another object may come in")]
     match std::env::var_os("MARGAY_BPF_OBJECT") {
         None => Ok(Cow::Borrowed(&OBJECT.0)),
         Some(path) => {

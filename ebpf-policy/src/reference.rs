@@ -45,7 +45,8 @@ pub struct Flow {
 
 /// Judges a new connection at a pod.
 pub fn evaluate(view: &ClusterView, pod: &PodRef, flow: &Flow) -> Answer {
-    let Some(pod) = view.pods.iter().find(|candidate| candidate.reference() == *pod && candidate.is_policed())
+    let Some(pod) =
+        view.pods.iter().find(|candidate| candidate.reference() == *pod && candidate.is_policed())
     else {
         return Answer::Closed;
     };
@@ -84,7 +85,8 @@ pub fn evaluate(view: &ClusterView, pod: &PodRef, flow: &Flow) -> Answer {
 }
 
 fn rule_allows(view: &ClusterView, policy: &NetworkPolicy, rule: &Rule, pod: &Pod, flow: &Flow) -> bool {
-    let peers = rule.peers.is_empty() || rule.peers.iter().any(|peer| peer_matches(view, policy, peer, flow.remote));
+    let peers =
+        rule.peers.is_empty() || rule.peers.iter().any(|peer| peer_matches(view, policy, peer, flow.remote));
     let ports = rule.ports.is_empty() || rule.ports.iter().any(|port| port_matches(view, port, pod, flow));
     rule.invalid.is_none() && peers && ports
 }
@@ -115,7 +117,10 @@ fn port_matches(view: &ClusterView, port: &Port, pod: &Pod, flow: &Flow) -> bool
         PortNumber::Range(first, last) => (*first..=*last).contains(&flow.port),
         PortNumber::Named(name) => {
             let declares = |pod: &Pod| {
-                pod.ports.iter().find(|declared| declared.name == *name && declared.protocol == port.protocol).map(|d| d.number)
+                pod.ports
+                    .iter()
+                    .find(|declared| declared.name == *name && declared.protocol == port.protocol)
+                    .map(|d| d.number)
                     == Some(flow.port)
             };
             match flow.direction {

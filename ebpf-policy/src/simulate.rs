@@ -6,7 +6,8 @@ use std::net::IpAddr;
 use std::rc::Rc;
 
 use margay_bpf::layout::{
-    Addr, Address, ConnKey, Connection, Decision, Endpoint, FragmentKey, IdentityId, SetKey, TableId, TableKey,
+    Addr, Address, ConnKey, Connection, Decision, Endpoint, FragmentKey, IdentityId, SetKey, TableId,
+    TableKey,
 };
 use margay_bpf::parse::{Packet, Start};
 use margay_bpf::verdict::{self, Hook, Maps, Policy, Verdict};
@@ -34,8 +35,10 @@ impl Simulation {
 
     /// Changes the policy, as the enforcer does: connections stay, and are judged again.
     pub fn apply(&mut self, compiled: Compiled) {
-        self.compiled = compiled;
-        self.revision += 1;
+        if self.compiled != compiled {
+            self.compiled = compiled;
+            self.revision += 1;
+        }
     }
 
     /// Judges a packet to or from a pod.
@@ -57,7 +60,8 @@ impl Compiled {
             return Answer::Closed;
         };
         let to_pod = flow.direction == Direction::Ingress;
-        let verdict = verdict::judge_new(self, endpoint, to_pod, &addr(flow.remote), flow.protocol, flow.port);
+        let verdict =
+            verdict::judge_new(self, endpoint, to_pod, &addr(flow.remote), flow.protocol, flow.port);
         self.answer(&verdict)
     }
 

@@ -4,6 +4,8 @@
 
 mod common;
 
+use std::cell::RefCell;
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use common::cluster::{any_address, cluster, local, policies, port_number};
@@ -12,7 +14,7 @@ use common::packet::Spec;
 use ebpf_policy::model::{ClusterView, Direction, LocalEndpoint, PodRef, Ranges};
 use ebpf_policy::reference::{Answer, Flow, evaluate};
 use ebpf_policy::simulate::Simulation;
-use ebpf_policy::{Enforcer, Hook, Options, Reason, compile, direction};
+use ebpf_policy::{Counter, Enforcer, Hook, Options, Reason, compile, direction};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::sample::select;
@@ -121,20 +123,43 @@ fn spec() -> impl Strategy<Value = Spec> {
     let transport = (
         select(vec![1u8, 6, 6, 6, 17, 17, 58, 132, 47]),
         select(vec![0u8, 1, 2, 4, 6, 16, 17, 18, 20]),
-        select(vec![(8u8, 0u8), (0, 0), (3, 4), (11, 0), (128, 0), (129, 0), (1, 4), (2, 0), (3, 0), (13, 0), (135, 0), (136, 0)]),
+        select(vec![
+            (8u8, 0u8),
+            (0, 0),
+            (3, 4),
+            (11, 0),
+            (128, 0),
+            (129, 0),
+            (1, 4),
+            (2, 0),
+            (3, 0),
+            (13, 0),
+            (135, 0),
+            (136, 0),
+        ]),
     );
-    (any::<bool>(), 0u8..8, 0u8..8, select(vec![80u16, 81]), select(vec![80u16, 4000]), shape, transport).prop_map(
-        |(v6, from, to, source_port, destination_port, (fragment, extensions, hop_limit), (protocol, flags, icmp))| {
-            use common::cluster::address;
-            let mut spec = Spec::new(address(v6, from), address(v6, to), protocol, (source_port, destination_port));
-            spec.fragment = fragment;
-            spec.extensions = extensions;
-            spec.hop_limit = hop_limit;
-            spec.flags = flags;
-            spec.icmp = icmp;
-            spec
-        },
-    )
+    (any::<bool>(), 0u8..8, 0u8..8, select(vec![80u16, 81]), select(vec![80u16, 4000]), shape, transport)
+        .prop_map(
+            |(
+                v6,
+                from,
+                to,
+                source_port,
+                destination_port,
+                (fragment, extensions, hop_limit),
+                (protocol, flags, icmp),
+            )| {
+                use common::cluster::address;
+                let mut spec =
+                    Spec::new(address(v6, from), address(v6, to), protocol, (source_port, destination_port));
+                spec.fragment = fragment;
+                spec.extensions = extensions;
+                spec.hop_limit = hop_limit;
+                spec.flags = flags;
+                spec.icmp = icmp;
+                spec
+            },
+        )
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -157,7 +182,8 @@ fn aim(spec: &mut Spec, endpoint: &LocalEndpoint, to_pod: bool, earlier: &[Spec]
     } else if spec.source != common::cluster::address(v6, 7) {
         spec.source = own;
     }
-    if let Some(quoted) = earlier.iter().rev().find(|e| e.source == spec.destination || e.destination == spec.source)
+    if let Some(quoted) =
+        earlier.iter().rev().find(|e| e.source == spec.destination || e.destination == spec.source)
         && quotes
     {
         spec.payload = quoted.ip();
@@ -176,7 +202,9 @@ fn the_kernel_judges_every_packet_as_the_host_does() {
     on_a_host(|host| {
         let (a, b) = (host.pod("a", &[]), host.pod("b", &[]));
         let devices = [a.ifindex, b.ifindex];
-        let mut runner = TestRunner::new(Config { cases: 96, failure_persistence: None, ..Config::default() });
+        let mut runner =
+            TestRunner::new(Config { cases: 96, failure_persistence: None, ..Config::default() });
+        let seen = RefCell::new(BTreeSet::new());
         let runs = (cluster(), policies(), policies(), vec(step(), 1..120));
         let result = runner.run(&runs, |(view, second, third, steps)| {
             Enforcer::cleanup(&host.pin_dir()).unwrap();
@@ -190,6 +218,7 @@ fn the_kernel_judges_every_packet_as_the_host_does() {
             let mut simulation = Simulation::new(compiled(0));
             enforcer.apply(&compiled(0)).unwrap();
             let mut earlier = Vec::new();
+            let mut counters: Vec<Counter> = Vec::new();
             for (n, step) in steps.into_iter().enumerate() {
                 let (endpoint, to_pod, input, frame) = match step {
                     Step::Policies(n) => {
@@ -218,17 +247,29 @@ fn the_kernel_judges_every_packet_as_the_host_does() {
                     ("pod_egress", Direction::Egress)
                 };
                 let expected = simulation.judge(hook(ifindex, way, input), &frame);
-                let before = enforcer.counters().unwrap();
                 let passed = enforcer.test_run(program, ifindex, input, &frame).unwrap();
                 let after = enforcer.counters().unwrap();
-                let counted = after.iter().find(|counter| !before.contains(counter)).unwrap();
+                let counted = after.iter().find(|counter| !counters.contains(counter)).unwrap();
+                seen.borrow_mut().insert(counted.reason);
                 prop_assert_eq!(counted.reason, expected.reason.name(), "step {} {:02x?}", n, frame);
                 prop_assert_eq!(passed, expected.reason.allows());
+                counters = after;
             }
             Ok(())
         });
         if let Err(error) = result {
             panic!("{error}");
+        }
+        // Agreement on what never happened would say nothing.
+        for reason in Reason::ALL {
+            use Reason::{
+                DenyRule, LinkLocal, Tunnel, TunnelOwnSource, TunnelUnknownSource, UnknownEndpoint,
+            };
+            let elsewhere = matches!(
+                reason,
+                DenyRule | LinkLocal | Tunnel | TunnelOwnSource | TunnelUnknownSource | UnknownEndpoint
+            );
+            assert!(elsewhere || seen.borrow().contains(reason.name()), "{reason:?} never happened");
         }
     });
 }
@@ -254,7 +295,8 @@ fn out_of_the_tunnel_come_only_remote_nodes_addresses() {
             ("::ffff:10.0.2.1", "fd00:0:0:1::1", Reason::Malformed),
         ];
         for (source, destination, reason) in cases {
-            let (source, destination): (IpAddr, IpAddr) = (source.parse().unwrap(), destination.parse().unwrap());
+            let (source, destination): (IpAddr, IpAddr) =
+                (source.parse().unwrap(), destination.parse().unwrap());
             let packet = Spec::new(source, destination, 17, (1, 2)).ip();
             assert_eq!(simulation.judge_tunnel(&packet).reason, reason, "{source}");
             let passed = enforcer.test_run("tunnel_ingress", 1, 1, &packet).unwrap();

@@ -118,20 +118,19 @@ pub fn judge_pod<M: Maps, B: Bytes>(
     let now = maps.now();
     let key = track::key(hook.ifindex, hook.direction, packet);
 
-    if packet.kind == Kind::Flow && !packet.opens {
-        if let Some(connection) = maps.connection(&key) {
-            if connection.revision.get() == revision
-                && connection.state.get() & state::CUT == 0
-                && !connection.is_expired(packet.protocol, now)
-            {
-                connection.note(packet, to_pod, now);
-                let verdict = Verdict { rule: connection.rule.get(), ..Verdict::plain(Reason::Established) };
-                if packet.first_fragment {
-                    maps.note_fragment(&fragment_key(&hook, packet), now);
-                }
-                return verdict;
-            }
+    if packet.kind == Kind::Flow
+        && !packet.opens
+        && let Some(connection) = maps.connection(&key)
+        && connection.revision.get() == revision
+        && connection.state.get() & state::CUT == 0
+        && !connection.is_expired(packet.protocol, now)
+    {
+        connection.note(packet, to_pod, now);
+        let verdict = Verdict { rule: connection.rule.get(), ..Verdict::plain(Reason::Established) };
+        if packet.first_fragment {
+            maps.note_fragment(&fragment_key(&hook, packet), now);
         }
+        return verdict;
     }
     let verdict = judge_slowly(maps, bytes, &hook, packet, &key, revision, now);
     if packet.first_fragment && verdict.reason.allows() {
@@ -176,21 +175,21 @@ fn judge_slowly<M: Maps, B: Bytes>(
     if packet.kind == Kind::IcmpError && is_related(maps, bytes, hook, packet, endpoint, revision, now) {
         return Verdict::plain(Reason::Related);
     }
-    if packet.kind == Kind::Flow && !packet.opens {
-        if let Some(connection) = maps.connection(key) {
-            if !connection.is_expired(key.protocol, now) {
-                let opener = connection.opened_to_pod();
-                if is_live(maps, endpoint, key, &connection, revision) {
-                    connection.note(packet, to_pod, now);
-                    return Verdict { rule: connection.rule.get(), ..Verdict::plain(Reason::Established) };
-                }
-                // What the opener sends is judged below as if new, for the sake of its reason. The other side must not be able
-                // to keep a connection alive that policy has ended, not even where it might open one of its own.
-                if opener != to_pod {
-                    let set = if opener { endpoint.ingress } else { endpoint.egress };
-                    return Verdict { set, ..Verdict::plain(Reason::Cut) };
-                }
-            }
+    if packet.kind == Kind::Flow
+        && !packet.opens
+        && let Some(connection) = maps.connection(key)
+        && !connection.is_expired(key.protocol, now)
+    {
+        let opener = connection.opened_to_pod();
+        if is_live(maps, endpoint, key, &connection, revision) {
+            connection.note(packet, to_pod, now);
+            return Verdict { rule: connection.rule.get(), ..Verdict::plain(Reason::Established) };
+        }
+        // What the opener sends is judged below as if new, for the sake of its reason. The other side must not be able
+        // to keep a connection alive that policy has ended, not even where it might open one of its own.
+        if opener != to_pod {
+            let set = if opener { endpoint.ingress } else { endpoint.egress };
+            return Verdict { set, ..Verdict::plain(Reason::Cut) };
         }
     }
     let mut bits = if to_pod { state::TO_POD } else { 0 };

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ebpf_policy::model::{
-    ClusterView, LabelSelector, Labels, LocalEndpoint, NamedPort, NetworkPolicy, Operator, Peer, Pod, Port, PortNumber,
-    Protocol, Requirement, Rule,
+    ClusterView, LabelSelector, Labels, LocalEndpoint, NamedPort, NetworkPolicy, Operator, Peer, Pod, Port,
+    PortNumber, Protocol, Requirement, Rule,
 };
 use ipnet::IpNet;
 use proptest::collection::{btree_map, vec};
@@ -96,24 +96,31 @@ fn invalid() -> impl Strategy<Value = Option<String>> {
 }
 
 fn rules() -> impl Strategy<Value = Option<Vec<Rule>>> {
-    let rule = (vec(peer(), 0..3), vec(port(), 0..3), invalid())
-        .prop_map(|(peers, ports, invalid)| Rule { peers, ports, invalid });
+    let rule = (vec(peer(), 0..3), vec(port(), 0..3), invalid()).prop_map(|(peers, ports, invalid)| Rule {
+        peers,
+        ports,
+        invalid,
+    });
     option::of(vec(rule, 0..3))
 }
 
 pub fn policies() -> impl Strategy<Value = Vec<NetworkPolicy>> {
     let policy = (namespace(), selector(), rules(), rules(), invalid());
     vec(policy, 0..5).prop_map(|list| {
-        let named = list.into_iter().enumerate().map(|(n, (namespace, pod_selector, ingress, egress, invalid))| {
-            NetworkPolicy { namespace, name: format!("p{n}"), pod_selector, ingress, egress, invalid }
-        });
+        let named =
+            list.into_iter().enumerate().map(|(n, (namespace, pod_selector, ingress, egress, invalid))| {
+                NetworkPolicy { namespace, name: format!("p{n}"), pod_selector, ingress, egress, invalid }
+            });
         named.collect()
     })
 }
 
 fn pod() -> impl Strategy<Value = Pod> {
-    let named = (port_name(), protocol(), port_number())
-        .prop_map(|(name, protocol, number)| NamedPort { name, protocol, number });
+    let named = (port_name(), protocol(), port_number()).prop_map(|(name, protocol, number)| NamedPort {
+        name,
+        protocol,
+        number,
+    });
     (namespace(), labels(), vec(any_address(), 0..3), vec(named, 0..3), 0u8..10).prop_map(
         |(namespace, labels, ips, ports, odd)| Pod {
             namespace,

@@ -1,7 +1,13 @@
 //! A host with pods, for tests: a thread with network and mount namespaces of its own and a bpffs that only it sees. When the
 //! thread ends, however it ends, the kernel takes all of it away.
 
-#![allow(clippy::unwrap_used, dead_code, unreachable_pub, reason = "tests; each binary uses a part")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::disallowed_methods,
+    dead_code,
+    unreachable_pub,
+    reason = "tests; each binary uses a part"
+)]
 
 pub mod cluster;
 pub mod packet;
