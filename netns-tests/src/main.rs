@@ -1,2 +1,240 @@
-//! Margay.
-fn main() {}
+//! mesh-lab: hosts and pods as network namespaces around the real programs.
+#![allow(clippy::disallowed_methods)] // The lab is all edge.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::{Parser, Subcommand};
+use netns_tests::bins::Bins;
+use netns_tests::conformance::{case, report, run};
+use netns_tests::lab::Lab;
+use netns_tests::{control, demo, enter, holder, spec};
+
+/// Hosts and pods as network namespaces around the real mesh-agent, mesh-datapath and mesh-cni.
+///
+/// Each host has its own network, mount, PID and UTS namespace, so /run/margay, /etc/margay, /sys/fs/bpf and so
+/// on are its own; the machine's network is never touched. Needs root. The programs are found beside mesh-lab
+/// (MARGAY_BIN_DIR says otherwise).
+#[derive(Parser)]
+#[command(name = "mesh-lab", version)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Bring a lab up and leave it so (examples: netns-tests/labs)
+    Up {
+        /// Lab file
+        file: PathBuf,
+    },
+    /// Run a command in a host or pod of a lab; its exit code is passed through
+    Exec {
+        /// Which lab, if several are up
+        #[arg(long)]
+        lab: Option<String>,
+        /// node/NAME, ext/NAME or pod/NAMESPACE/NAME
+        target: String,
+        /// The command
+        #[arg(last = true, required = true)]
+        command: Vec<String>,
+    },
+    /// What is up, and what its agents say
+    Status {
+        /// Which lab, if several are up
+        #[arg(long)]
+        lab: Option<String>,
+    },
+    /// Cut or heal the link between two hosts
+    Link {
+        /// Which lab, if several are up
+        #[arg(long)]
+        lab: Option<String>,
+        /// One host
+        a: String,
+        /// The other
+        b: String,
+        /// cut or heal
+        #[arg(value_parser = ["cut", "heal"])]
+        what: String,
+    },
+    /// Cut a host off the carrier of announcements, or heal it
+    Carrier {
+        /// Which lab, if several are up
+        #[arg(long)]
+        lab: Option<String>,
+        /// The host
+        host: String,
+        /// cut or heal
+        #[arg(value_parser = ["cut", "heal"])]
+        what: String,
+    },
+    /// Take a lab down; nothing is left
+    Down {
+        /// Which lab, if several are up
+        #[arg(long)]
+        lab: Option<String>,
+    },
+    /// Three hosts, six pods: the mesh shown with real packets, in under a minute
+    Demo {
+        /// Leave it up to play with
+        #[arg(long)]
+        keep: bool,
+        /// The process that keeps it
+        #[arg(long, hide = true)]
+        keeper: bool,
+    },
+    /// Replay reachability cases (JSON, plain or gzipped) on real pods; ends "N passed, N failed"
+    Conformance {
+        /// Case files
+        #[arg(required = true)]
+        files: Vec<PathBuf>,
+        /// Only cases whose name contains this
+        #[arg(long)]
+        filter: Option<String>,
+        /// One JSON object per case instead of lines for people
+        #[arg(long)]
+        json: bool,
+        /// Files replayed at the same time, each in a lab of its own
+        #[arg(long, default_value_t = 2)]
+        jobs: usize,
+    },
+    #[command(hide = true)]
+    Holder { name: String },
+    #[command(hide = true)]
+    Enter {
+        #[arg(long)]
+        holder: i32,
+        #[arg(long)]
+        pod: Option<String>,
+        #[arg(last = true, required = true)]
+        command: Vec<String>,
+    },
+    #[command(hide = true)]
+    Keep { file: PathBuf },
+}
+
+fn main() -> ExitCode {
+    match act(Cli::parse().verb) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("mesh-lab: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn act(verb: Verb) -> Result<ExitCode> {
+    match verb {
+        Verb::Holder { name } => holder::main(&name)?,
+        Verb::Enter { holder, pod, command } => return code(enter::main(holder, pod.as_deref(), &command)?),
+        Verb::Up { file } => {
+            let lab = spec::Lab::read(&file)?;
+            let text = file.to_string_lossy().into_owned();
+            control::detach(&Bins::beside_current()?, &lab.name, &["keep", &text])?;
+            println!("lab {} is up: mesh-lab status | exec | link | down", lab.name);
+        }
+        Verb::Keep { file } => {
+            let lab = spec::Lab::read(&file)?;
+            control::keep(Lab::up(lab, &Bins::beside_current()?)?)?;
+        }
+        Verb::Exec { lab, target, command } => return exec(lab.as_deref(), &target, &command),
+        Verb::Status { lab } => return status(lab.as_deref()),
+        Verb::Link { lab, a, b, what } => {
+            let request = control::Request::Link { a, b, cut: what == "cut" };
+            control::ask(&control::chosen(lab.as_deref())?, &request)?;
+        }
+        Verb::Carrier { lab, host, what } => {
+            let request = control::Request::Carrier { host, cut: what == "cut" };
+            control::ask(&control::chosen(lab.as_deref())?, &request)?;
+        }
+        Verb::Down { lab } => {
+            let name = control::chosen(lab.as_deref())?;
+            control::ask(&name, &control::Request::Down)?;
+            println!("lab {name} is down");
+        }
+        Verb::Demo { keep: true, keeper: false } => {
+            let name = demo::lab()?.name;
+            control::detach(&Bins::beside_current()?, &name, &["demo", "--keep", "--keeper"])?;
+        }
+        Verb::Demo { keep, .. } => demo::run(&Bins::beside_current()?, keep)?,
+        Verb::Conformance { files, filter, json, jobs } => {
+            return conformance(&files, filter.as_deref(), json, jobs);
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn code(code: i32) -> Result<ExitCode> {
+    Ok(ExitCode::from(u8::try_from(code).unwrap_or(u8::MAX)))
+}
+
+/// Replaces this process by `mesh-lab enter`, with the lab's paths in its environment.
+fn exec(lab: Option<&str>, target: &str, command: &[String]) -> Result<ExitCode> {
+    use std::os::unix::process::CommandExt;
+    let bins = Bins::beside_current()?;
+    let (pid, pod) = control::find(&control::state(&control::chosen(lab)?)?, target)?;
+    let mut enter = std::process::Command::new(&bins.lab);
+    enter.args(["enter", "--holder", &pid.to_string()]);
+    if let Some(pod) = pod {
+        enter.args(["--pod", &pod]);
+    }
+    enter.arg("--").args(command).env("PATH", bins.path()).env("CNI_PATH", &bins.dir);
+    Err(enter.env("NETCONFPATH", "/etc/cni/net.d").exec()).context("enter the host")
+}
+
+fn status(lab: Option<&str>) -> Result<ExitCode> {
+    let name = control::chosen(lab)?;
+    let state = control::state(&name)?;
+    println!("lab {name}, kept by process {}", state.owner);
+    for host in state.hosts.keys() {
+        let pods: Vec<&str> =
+            state.pods.iter().filter(|(_, (node, _))| node == host).map(|(pod, _)| pod.as_str()).collect();
+        println!("\n{host}: {}", if pods.is_empty() { "no pods".into() } else { pods.join(" ") });
+        let bins = Bins::beside_current()?;
+        let pid = state.hosts.get(host).map(ToString::to_string).unwrap_or_default();
+        let meshctl = std::process::Command::new(&bins.lab)
+            .args(["enter", "--holder", &pid, "--", "meshctl", "status"])
+            .env("PATH", bins.path())
+            .output()
+            .context("run meshctl")?;
+        let text = if meshctl.status.success() { meshctl.stdout } else { meshctl.stderr };
+        String::from_utf8_lossy(&text).lines().for_each(|line| println!("  {line}"));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn conformance(files: &[PathBuf], filter: Option<&str>, json: bool, jobs: usize) -> Result<ExitCode> {
+    let bins = Bins::beside_current()?;
+    let mut work = Vec::new();
+    for path in files {
+        let mut cases = case::read(path)?;
+        cases.retain(|case| filter.is_none_or(|part| case.name.contains(part)));
+        work.push((path.display().to_string(), cases));
+    }
+    let work = std::sync::Mutex::new(work.into_iter());
+    let results = std::sync::Mutex::new(Vec::new());
+    std::thread::scope(|scope| {
+        for _ in 0..jobs.clamp(1, files.len()) {
+            scope.spawn(|| {
+                loop {
+                    let next = work.lock().ok().and_then(|mut work| work.next());
+                    let Some((name, cases)) = next else { return };
+                    let of_file = run::file(&name, &cases, &bins, &mut |result| match json {
+                        true => println!("{}", serde_json::to_string(result).unwrap_or_default()),
+                        false => println!("{}", report::line(result)),
+                    });
+                    if let Ok(mut results) = results.lock() {
+                        results.extend(of_file);
+                    }
+                }
+            });
+        }
+    });
+    let results = results.into_inner().unwrap_or_default();
+    let (text, good) = report::closing(&results);
+    println!("\n{text}");
+    Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}

@@ -1,0 +1,144 @@
+//! A client of the agent's sockets: enough HTTP/1.1 for `GET` and `POST` of JSON over a Unix socket.
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use mesh_api::defaults::{CONTROL_SOCKET, RUN_DIR, STATUS_SOCKET};
+use mesh_api::status::{DenyEvent, PolicyStatus, Status, Synced};
+use serde::de::DeserializeOwned;
+
+use crate::host::Host;
+use crate::wait;
+
+/// The agent of one host.
+#[derive(Debug, Clone)]
+pub struct Agent {
+    run: PathBuf,
+    name: String,
+}
+
+impl Agent {
+    /// The agent that runs on this host.
+    pub fn of(host: &Host) -> Self {
+        Self { run: host.path(RUN_DIR), name: host.name().into() }
+    }
+
+    /// `/v1/status`.
+    pub fn status(&self) -> Result<Status> {
+        self.get("/v1/status")
+    }
+
+    /// `/v1/events`.
+    pub fn events(&self) -> Result<Vec<DenyEvent>> {
+        self.get("/v1/events")
+    }
+
+    /// `/v1/policies`.
+    pub fn policies(&self) -> Result<Vec<PolicyStatus>> {
+        self.get("/v1/policies")
+    }
+
+    /// Reads a path of the status socket.
+    pub fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T> {
+        self.call(STATUS_SOCKET, "GET", path)
+    }
+
+    /// `POST /v1/sync`: the snapshot that holds all that the sources have now.
+    pub fn sync(&self) -> Result<Synced> {
+        self.call(CONTROL_SOCKET, "POST", "/v1/sync")
+    }
+
+    /// Waits until the kernel does what the sources say now.
+    pub fn enforced(&self, limit: Duration) -> Result<()> {
+        let synced = self.sync()?;
+        self.reached(synced, limit)
+    }
+
+    /// Waits until a snapshot is carried out in full.
+    pub fn reached(&self, synced: Synced, limit: Duration) -> Result<()> {
+        let what = format!("generation {} on {}", synced.generation, self.name);
+        wait::until(what, limit, || {
+            let status = self.status()?;
+            let (at, want) = (status.generation, synced.generation);
+            if at.enforced >= want && at.policy >= want {
+                return Ok(Some(()));
+            }
+            let open: Vec<String> = status
+                .reconcilers
+                .iter()
+                .filter(|r| r.state != "done" || r.generation < want)
+                .map(|r| {
+                    format!("{} {} at {} {}", r.name, r.state, r.generation, r.error.as_deref().unwrap_or(""))
+                })
+                .collect();
+            bail!("enforced {}, policy {}; {}", at.enforced, at.policy, open.join("; "))
+        })
+    }
+
+    fn call<T: DeserializeOwned>(&self, socket: &str, method: &str, path: &str) -> Result<T> {
+        let what = || format!("{method} {path} of the agent on {}", self.name);
+        let body = request(&self.run.join(socket), method, path).with_context(what)?;
+        serde_json::from_slice(&body).with_context(what)
+    }
+}
+
+fn request(socket: &Path, method: &str, path: &str) -> Result<Vec<u8>> {
+    let mut stream = UnixStream::connect(socket).with_context(|| format!("connect {}", socket.display()))?;
+    stream.set_read_timeout(Some(Duration::from_secs(20))).context("set time-out")?;
+    write!(
+        stream,
+        "{method} {path} HTTP/1.1\r\nHost: margay\r\nConnection: close\r\nContent-Length: 0\r\nAccept: application/json\r\n\r\n"
+    )
+    .context("send request")?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).context("read answer")?;
+    parse(&answer)
+}
+
+/// Body of a whole answer, or the error it says.
+fn parse(answer: &[u8]) -> Result<Vec<u8>> {
+    let end = answer.windows(4).position(|four| four == b"\r\n\r\n").context("answer has no header")?;
+    let (head, rest) = answer.split_at(end);
+    let head = String::from_utf8_lossy(head).to_ascii_lowercase();
+    let body = rest.get(4..).unwrap_or_default();
+    let body = if head.contains("transfer-encoding: chunked") { unchunk(body)? } else { body.to_vec() };
+    let status = head.split(' ').nth(1).unwrap_or_default().to_string();
+    if status != "200" {
+        bail!("answer {status}: {}", String::from_utf8_lossy(&body));
+    }
+    Ok(body)
+}
+
+fn unchunk(mut body: &[u8]) -> Result<Vec<u8>> {
+    let mut whole = Vec::new();
+    loop {
+        let end = body.windows(2).position(|two| two == b"\r\n").context("chunk has no length")?;
+        let (length, rest) = body.split_at(end);
+        let length =
+            usize::from_str_radix(String::from_utf8_lossy(length).trim(), 16).context("chunk length")?;
+        if length == 0 {
+            return Ok(whole);
+        }
+        let end = length.checked_add(2).context("chunk length")?;
+        whole.extend(rest.get(2..end).context("truncated chunk")?);
+        body = rest.get(end + 2..).context("truncated chunk")?;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_framings_are_read_and_errors_are_said() {
+        assert_eq!(parse(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}").unwrap(), b"{}");
+        let chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n[1\r\n1\r\n]\r\n0\r\n\r\n";
+        assert_eq!(parse(chunked).unwrap(), b"[1]");
+        let error = parse(b"HTTP/1.1 503 no\r\n\r\n{\"error\":\"later\"}").unwrap_err().to_string();
+        assert!(error.contains("503") && error.contains("later"), "{error}");
+        assert!(parse(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nff\r\n[").is_err());
+    }
+}

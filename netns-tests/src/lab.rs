@@ -1,0 +1,501 @@
+//! A running lab: hosts on a wire, each with agent and datapath, and the pods on them.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use mesh_api::defaults::{CONFIG, DEVICE, MANIFESTS};
+use mesh_api::status::{Status, Synced};
+use serde_json::Value;
+
+use crate::agent::Agent;
+use crate::bins::Bins;
+use crate::carrier::Carrier;
+use crate::host::Host;
+use crate::manifests::{self, PodStatus};
+use crate::pods::{self, Pod};
+use crate::probe::server::Server;
+use crate::spec;
+use crate::wait;
+use crate::wire::{Router, Wire, host_prefix};
+
+/// How long anything in the control plane may take before the lab calls it broken.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// The lab. Dropping it ends everything in it.
+#[derive(Debug)]
+pub struct Lab {
+    spec: spec::Lab,
+    bins: Bins,
+    // Dropped in this order: nobody reads a dead host's files, the hosts go before the wire they talk on.
+    carrier: Carrier,
+    server: Server,
+    pods: BTreeMap<(String, String), Pod>,
+    hosts: BTreeMap<String, Host>,
+    routers: BTreeMap<String, Router>,
+    /// What the cluster says, by file name: every node's manifest directory holds exactly this and `nodes/`.
+    objects: BTreeMap<String, Value>,
+    wire: Wire,
+}
+
+impl Lab {
+    /// An empty wire and namespaces for every host, plugged in but without any address: what a capture wants
+    /// to see from its first frame.
+    pub fn plug(spec: spec::Lab, bins: &Bins) -> Result<Self> {
+        spec.check()?;
+        let wire = Wire::start(bins, spec.underlay.conditions()?)?;
+        let mut lab = Self {
+            carrier: Carrier::start()?,
+            server: Server::start()?,
+            pods: BTreeMap::new(),
+            hosts: BTreeMap::new(),
+            routers: BTreeMap::new(),
+            objects: BTreeMap::new(),
+            wire,
+            bins: bins.clone(),
+            spec,
+        };
+        for name in lab.host_names() {
+            let host = Host::start(&name, bins)?;
+            if !lab.spec.underlay.nat.iter().any(|nat| nat.host == name) {
+                lab.wire.plug(&name, &host, "eth0")?;
+            }
+            lab.hosts.insert(name, host);
+        }
+        Ok(lab)
+    }
+
+    /// The whole lab: addresses, programs, pods; ready when every node's agent has carried out everything.
+    pub fn up(spec: spec::Lab, bins: &Bins) -> Result<Self> {
+        let mut lab = Self::plug(spec, bins)?;
+        lab.address()?;
+        lab.start_mesh()?;
+        lab.settle(PATIENCE)?;
+        lab.start_pods()?;
+        Ok(lab)
+    }
+
+    /// Gives all hosts their addresses and routes.
+    pub fn address(&mut self) -> Result<()> {
+        for name in self.host_names() {
+            self.address_host(&name)?;
+        }
+        Ok(())
+    }
+
+    fn address_host(&mut self, name: &str) -> Result<()> {
+        let own = self.ips(name)?;
+        let others = self.underlay_ips_but(name);
+        let host = self.hosts.get(name).with_context(|| format!("no host {name}"))?;
+        if let Some(nat) = self.spec.underlay.nat.iter().find(|nat| nat.host == name) {
+            let router = Router::start(&self.bins, &mut self.wire, host, &own, &nat.public, &others)?;
+            self.routers.insert(name.into(), router);
+            return Ok(());
+        }
+        host.netns().ip(&Wire::addressing("eth0", &own, &others, true))
+    }
+
+    /// Writes the cluster's objects and starts datapath and agent on every node.
+    pub fn start_mesh(&mut self) -> Result<()> {
+        let mut objects = vec![manifests::mesh(&self.spec)];
+        objects.extend(self.spec.nodes.iter().map(manifests::node));
+        let mut namespaces = self.spec.namespaces.clone();
+        for pod in &self.spec.pods {
+            if !namespaces.iter().any(|namespace| namespace.name == pod.namespace) {
+                namespaces.push(spec::Namespace { name: pod.namespace.clone(), ..Default::default() });
+            }
+        }
+        objects.extend(namespaces.iter().map(manifests::namespace));
+        objects.extend(self.spec.policies.iter().cloned());
+        for object in objects {
+            self.objects.insert(manifests::file_name(&object), object);
+        }
+        for name in self.node_names() {
+            self.start_node(&name)?;
+        }
+        Ok(())
+    }
+
+    /// Puts a node's files in place and starts its units, as a boot would.
+    fn start_node(&self, name: &str) -> Result<()> {
+        let host = self.host(name)?;
+        host.write(CONFIG, format!("nodeName: {name}\n").as_bytes())?;
+        host.write("/etc/cni/net.d/10-margay.conflist", pods::conflist().to_string().as_bytes())?;
+        for (file, object) in &self.objects {
+            host.write(&format!("{MANIFESTS}/{file}"), &serde_json::to_vec_pretty(object)?)?;
+        }
+        if let Some(directory) = &self.spec.manifests {
+            crate::mounts::copy_tree(directory, &host.path(&format!("{MANIFESTS}/extra")))?;
+        }
+        self.carrier.add(host);
+        self.start_datapath(name)?;
+        self.start_agent(name)
+    }
+
+    /// Starts the datapath's unit.
+    pub fn start_datapath(&self, node: &str) -> Result<()> {
+        let datapath = self.bins.program("mesh-datapath")?;
+        self.host(node)?
+            .start_unit("mesh-datapath", &[&datapath.to_string_lossy(), "-f", "--persist", DEVICE])
+    }
+
+    /// Starts the agent's unit.
+    pub fn start_agent(&self, node: &str) -> Result<()> {
+        let agent = self.bins.program("mesh-agent")?;
+        self.host(node)?.start_unit("mesh-agent", &[&agent.to_string_lossy()])
+    }
+
+    /// Waits until every agent knows every other node and has carried out everything.
+    pub fn settle(&self, limit: Duration) -> Result<()> {
+        for name in self.node_names() {
+            self.settle_node(&name, limit)?;
+        }
+        Ok(())
+    }
+
+    /// Waits until one agent knows every other node and has carried out everything.
+    pub fn settle_node(&self, name: &str, limit: Duration) -> Result<()> {
+        let agent = self.agent(name)?;
+        let peers = self.spec.nodes.len() - 1;
+        let settled = wait::until(format!("node {name} to settle"), limit, || {
+            let status = agent.status()?;
+            let generation = status.generation;
+            let up = status.devices.iter().any(|device| device.name == DEVICE && device.state == "up");
+            if up
+                && status.peers.len() == peers
+                && generation.snapshot > 0
+                && generation.enforced >= generation.snapshot
+                && generation.policy >= generation.snapshot
+            {
+                return Ok(Some(()));
+            }
+            bail!("{}", unsettled(&status))
+        });
+        settled.with_context(|| self.logs(name))
+    }
+
+    /// Ends of the logs of a node's units, for the reader of an error.
+    pub fn logs(&self, node: &str) -> String {
+        let Ok(host) = self.host(node) else { return String::new() };
+        let mut text = String::new();
+        for unit in ["mesh-datapath", "mesh-agent"] {
+            let log = host.log(unit);
+            let lines: Vec<&str> = log.lines().collect();
+            let end = lines.get(lines.len().saturating_sub(15)..).unwrap_or_default();
+            text += &format!("last lines of {unit} on {node}:\n  {}\n", end.join("\n  "));
+        }
+        text
+    }
+
+    /// Makes all the pods of the lab file.
+    pub fn start_pods(&mut self) -> Result<()> {
+        let pods: Vec<(spec::Pod, PodStatus)> =
+            self.spec.pods.iter().map(|pod| (pod.clone(), PodStatus::default())).collect();
+        self.add_pods(&pods)
+    }
+
+    /// Makes pods: objects first (the scheduler's), then CNI ADD on each node, then their status (the kubelet's),
+    /// then the listeners. A host-network pod has its node's addresses.
+    pub fn add_pods(&mut self, list: &[(spec::Pod, PodStatus)]) -> Result<()> {
+        for (pod, status) in list {
+            self.put(manifests::pod(pod, &PodStatus { ips: Vec::new(), ..status.clone() }))?;
+        }
+        self.enforced()?;
+        let added: Vec<Result<Vec<Pod>>> = std::thread::scope(|scope| {
+            let this = &*self;
+            let threads: Vec<_> = self
+                .node_names()
+                .into_iter()
+                .map(|node| {
+                    let of_node = list.iter().filter(move |(pod, _)| pod.node == node);
+                    scope.spawn(move || of_node.map(|(pod, _)| this.attach(pod)).collect())
+                })
+                .collect();
+            threads
+                .into_iter()
+                .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+                .collect()
+        });
+        for of_node in added {
+            for pod in of_node? {
+                let status =
+                    list.iter().find(|(spec, _)| *spec == pod.spec).map(|(_, status)| status.clone());
+                let status = PodStatus { ips: pod.ips.clone(), ..status.unwrap_or_default() };
+                self.put(manifests::pod(&pod.spec, &status))?;
+                self.listen(&pod)?;
+                self.route_externals(&pod)?;
+                self.pods.insert((pod.spec.namespace.clone(), pod.spec.name.clone()), pod);
+            }
+        }
+        self.enforced()
+    }
+
+    fn attach(&self, pod: &spec::Pod) -> Result<Pod> {
+        let host = self.host(&pod.node)?;
+        if pod.host_network {
+            return Ok(Pod { spec: pod.clone(), netns: host.netns().clone(), ips: self.ips(&pod.node)? });
+        }
+        pods::add(host, &self.bins, pod).with_context(|| self.logs(&pod.node))
+    }
+
+    /// Externals reach a pod through its node, in clear: they are no part of the mesh.
+    fn route_externals(&self, pod: &Pod) -> Result<()> {
+        let nodes = self.ips(&pod.spec.node)?;
+        let mut lines = Vec::new();
+        for ip in pod.ips.iter().filter(|_| !pod.spec.host_network) {
+            if let Some(via) = nodes.iter().find(|via| via.is_ipv4() == ip.is_ipv4()) {
+                lines.push(format!("route replace {} via {via} dev eth0 onlink", host_prefix(*ip)));
+            }
+        }
+        for external in &self.spec.externals {
+            self.host(&external.name)?.netns().ip(&lines)?;
+        }
+        Ok(())
+    }
+
+    fn listen(&self, pod: &Pod) -> Result<()> {
+        let name = format!("{}/{}", pod.spec.namespace, pod.spec.name);
+        for port in &pod.spec.ports {
+            for ip in &pod.ips {
+                if pod.spec.host_network {
+                    self.listen_on_host(&pod.spec.node, *ip, port.port, port.protocol)?;
+                } else {
+                    self.server.listen(&pod.netns, &name, &name, *ip, port.port, port.protocol)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets a host (node or external) listen at one of its addresses; it answers with its name.
+    pub fn listen_on_host(&self, host: &str, ip: IpAddr, port: u16, protocol: spec::Protocol) -> Result<()> {
+        self.server.listen(self.host(host)?.netns(), &format!("host {host}"), host, ip, port, protocol)
+    }
+
+    /// Takes a pod away: listeners, CNI DEL, namespace, object.
+    pub fn remove_pod(&mut self, namespace: &str, name: &str) -> Result<()> {
+        let key = (namespace.to_string(), name.to_string());
+        let Some(pod) = self.pods.remove(&key) else { bail!("no pod {namespace}/{name}") };
+        if !pod.spec.host_network {
+            self.server.close(&format!("{namespace}/{name}"))?;
+            pods::del(self.host(&pod.spec.node)?, &self.bins, &pod.spec)?;
+        }
+        self.delete(&manifests::pod(&pod.spec, &PodStatus::default()))
+    }
+
+    /// Writes an object to every node, if it is not there already.
+    pub fn put(&mut self, object: Value) -> Result<()> {
+        let file = manifests::file_name(&object);
+        if self.objects.get(&file) == Some(&object) {
+            return Ok(());
+        }
+        for name in self.node_names() {
+            if let Some(host) = self.hosts.get(&name) {
+                host.write(&format!("{MANIFESTS}/{file}"), &serde_json::to_vec_pretty(&object)?)?;
+            }
+        }
+        self.objects.insert(file, object);
+        Ok(())
+    }
+
+    /// Deletes an object (known by kind, namespace and name) from every node.
+    pub fn delete(&mut self, object: &Value) -> Result<()> {
+        let file = manifests::file_name(object);
+        self.objects.remove(&file);
+        for host in self.node_names().iter().filter_map(|name| self.hosts.get(name)) {
+            host.remove(&format!("{MANIFESTS}/{file}"))?;
+        }
+        Ok(())
+    }
+
+    /// The objects of a kind, as written.
+    pub fn objects(&self, kind: &str) -> Vec<Value> {
+        self.objects.values().filter(|object| object["kind"] == kind).cloned().collect()
+    }
+
+    /// Waits until every agent has carried out what is written now.
+    pub fn enforced(&self) -> Result<()> {
+        let mut synced: Vec<(Agent, Synced)> = Vec::new();
+        for name in self.node_names() {
+            if self.hosts.contains_key(&name) {
+                let agent = self.agent(&name)?;
+                let at = agent.sync().with_context(|| self.logs(&name))?;
+                synced.push((agent, at));
+            }
+        }
+        for (agent, at) in synced {
+            agent.reached(at, PATIENCE)?;
+        }
+        Ok(())
+    }
+
+    /// Ends a host as a power cut would.
+    pub fn kill_host(&mut self, name: &str) -> Result<()> {
+        self.carrier.remove(name);
+        self.server.close(&format!("host {name}"))?;
+        let gone: Vec<_> =
+            self.pods.iter().filter(|(_, pod)| pod.spec.node == name).map(|(key, _)| key.clone()).collect();
+        for key in gone {
+            self.pods.remove(&key);
+            self.server.close(&format!("{}/{}", key.0, key.1))?;
+        }
+        self.hosts.get_mut(name).with_context(|| format!("no host {name}"))?.kill();
+        self.routers.remove(name);
+        Ok(())
+    }
+
+    /// Boots a killed host: its disk is as it was, its pods are made anew (as a kubelet would).
+    pub fn boot_host(&mut self, name: &str) -> Result<()> {
+        let host = self.host(name)?.reboot()?;
+        if !self.spec.underlay.nat.iter().any(|nat| nat.host == name) {
+            self.wire.plug(name, &host, "eth0")?;
+        }
+        self.hosts.insert(name.into(), host);
+        self.address_host(name)?;
+        self.start_node(name)?;
+        self.settle_node(name, PATIENCE)?;
+        let pods: Vec<(spec::Pod, PodStatus)> = self
+            .spec
+            .pods
+            .iter()
+            .filter(|pod| pod.node == name)
+            .map(|pod| (pod.clone(), PodStatus::default()))
+            .collect();
+        // The kubelet takes down the sandboxes that the boot ended, then makes new ones.
+        for (pod, _) in pods.iter().filter(|(pod, _)| !pod.host_network) {
+            pods::cni(self.host(name)?, &self.bins, "DEL", pod)?;
+        }
+        self.add_pods(&pods)
+    }
+
+    /// A host.
+    pub fn host(&self, name: &str) -> Result<&Host> {
+        self.hosts.get(name).with_context(|| format!("no host {name}"))
+    }
+
+    /// The agent of a node.
+    pub fn agent(&self, node: &str) -> Result<Agent> {
+        Ok(Agent::of(self.host(node)?))
+    }
+
+    /// A pod.
+    pub fn pod(&self, namespace: &str, name: &str) -> Result<&Pod> {
+        let key = (namespace.to_string(), name.to_string());
+        self.pods.get(&key).with_context(|| format!("no pod {namespace}/{name}"))
+    }
+
+    /// All pods that run.
+    pub fn pods(&self) -> impl Iterator<Item = &Pod> {
+        self.pods.values()
+    }
+
+    /// The wire.
+    pub fn wire(&self) -> &Wire {
+        &self.wire
+    }
+
+    /// The wire, to change its conditions.
+    pub fn wire_mut(&mut self) -> &mut Wire {
+        &mut self.wire
+    }
+
+    /// The carrier of announcements.
+    pub fn carrier(&self) -> &Carrier {
+        &self.carrier
+    }
+
+    /// The lab file.
+    pub fn spec(&self) -> &spec::Lab {
+        &self.spec
+    }
+
+    /// The programs.
+    pub fn bins(&self) -> &Bins {
+        &self.bins
+    }
+
+    /// Names of the nodes.
+    pub fn node_names(&self) -> Vec<String> {
+        self.spec.nodes.iter().map(|node| node.name.clone()).collect()
+    }
+
+    fn host_names(&self) -> Vec<String> {
+        let externals = self.spec.externals.iter().map(|external| external.name.clone());
+        self.node_names().into_iter().chain(externals).collect()
+    }
+
+    /// A host's own addresses.
+    pub fn ips(&self, name: &str) -> Result<Vec<IpAddr>> {
+        let nodes = self.spec.nodes.iter().map(|node| (&node.name, &node.ips));
+        let externals = self.spec.externals.iter().map(|external| (&external.name, &external.ips));
+        let mut all = nodes.chain(externals);
+        all.find(|(known, _)| *known == name)
+            .map(|(_, ips)| ips.clone())
+            .with_context(|| format!("no host {name}"))
+    }
+
+    /// What a host finds on the wire besides itself.
+    fn underlay_ips_but(&self, name: &str) -> Vec<IpAddr> {
+        let mut ips = Vec::new();
+        for other in self.host_names().iter().filter(|other| *other != name) {
+            match self.spec.underlay.nat.iter().find(|nat| nat.host == *other) {
+                Some(nat) => ips.extend(&nat.public),
+                None => ips.extend(self.ips(other).unwrap_or_default()),
+            }
+        }
+        ips
+    }
+
+    /// Inodes of all network namespaces of the lab.
+    pub fn namespaces(&self) -> Result<Vec<u64>> {
+        let hosts = self.hosts.values().chain(self.routers.values().map(|router| &router.host));
+        let mut all: Vec<u64> = hosts.map(|host| host.netns().inode()).collect::<Result<_>>()?;
+        all.push(self.wire.netns().inode()?);
+        for pod in self.pods.values() {
+            all.push(pod.netns.inode()?);
+        }
+        Ok(all)
+    }
+
+    /// Ends pods and hosts and leaves the wire, for a capture to see the end of them.
+    pub fn end_hosts(&mut self) {
+        self.pods.clear();
+        self.hosts.clear();
+        self.routers.clear();
+    }
+
+    /// A pod's object with another status or other labels; it listens on ports that it lists now.
+    pub fn update_pod(&mut self, spec: &spec::Pod, status: &PodStatus) -> Result<()> {
+        let key = (spec.namespace.clone(), spec.name.clone());
+        let mut pod = self.pod(&key.0, &key.1)?.clone();
+        pod.spec = spec.clone();
+        let status = PodStatus { ips: pod.ips.clone(), ..status.clone() };
+        self.put(manifests::pod(spec, &status))?;
+        self.listen(&pod)?;
+        self.pods.insert(key, pod);
+        Ok(())
+    }
+}
+
+fn unsettled(status: &Status) -> String {
+    let reconcilers: Vec<String> = status
+        .reconcilers
+        .iter()
+        .filter(|r| r.state != "done")
+        .map(|r| format!("{} is {} {}", r.name, r.state, r.error.as_deref().unwrap_or_default()))
+        .collect();
+    let issues: Vec<String> = status
+        .issues
+        .iter()
+        .map(|issue| format!("{} {}: {}", issue.object, issue.field, issue.message))
+        .collect();
+    format!(
+        "{:?}, devices {:?}, {} peers; {}; issues: {}",
+        status.generation,
+        status.devices.iter().map(|device| &device.state).collect::<Vec<_>>(),
+        status.peers.len(),
+        reconcilers.join("; "),
+        issues.join("; ")
+    )
+}
