@@ -121,3 +121,32 @@ fn enlarge(socket: &Socket) {
         let _ = socket.set_send_buffer_size(BUFFER);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_missing_address_family_is_left_out_and_the_other_one_works() {
+        for errno in [libc::EAFNOSUPPORT, libc::EADDRNOTAVAIL] {
+            assert!(available(Err(io::Error::from_raw_os_error(errno))).unwrap().is_none());
+        }
+        assert!(available(Err(io::Error::from_raw_os_error(libc::EADDRINUSE))).is_err());
+        let sockets = Sockets { ipv6: None, ..Sockets::bind(0, 0).unwrap() };
+        let port = sockets.port;
+        let refused = sockets.send(b"x", &SocketAddr::new(Ipv6Addr::LOCALHOST.into(), port)).unwrap_err();
+        assert_eq!(refused.raw_os_error(), Some(libc::EAFNOSUPPORT));
+        sockets.send(b"x", &SocketAddr::new(Ipv4Addr::LOCALHOST.into(), port)).unwrap();
+        let received = sockets.ipv4.as_ref().unwrap();
+        received.set_nonblocking(false).unwrap();
+        assert_eq!(received.recv(&mut [0; 8]).unwrap(), 1);
+    }
+
+    #[test]
+    fn both_families_share_a_port_and_a_taken_one_is_refused() {
+        let sockets = Sockets::bind(0, 0).unwrap();
+        let ports: Vec<_> = sockets.all().map(|s| s.local_addr().unwrap().port()).collect();
+        assert!(ports.iter().all(|port| *port == sockets.port));
+        assert_eq!(Sockets::bind(sockets.port, 0).unwrap_err().kind(), io::ErrorKind::AddrInUse);
+    }
+}

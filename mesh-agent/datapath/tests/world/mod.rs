@@ -7,7 +7,7 @@
 //!
 //! The test runs itself again inside fresh network, mount and PID namespaces with a /run of its own. So names
 //! need not be unique, and whatever ends the test, the kernel takes everything away with it.
-#![allow(clippy::unwrap_used, dead_code, unreachable_pub)]
+#![allow(clippy::unwrap_used, dead_code, unreachable_pub, unused_imports)]
 
 mod relay;
 mod wireguard;
