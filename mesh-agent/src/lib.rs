@@ -4,10 +4,15 @@
 //! without touching anything, `reconcile` makes the kernel and the datapath so, `status` says how that went
 //! and `api` tells it.
 
+pub mod config;
 pub mod desired;
 pub mod files;
+pub mod names;
 pub mod own;
+pub mod plan;
 pub mod reconcile;
 pub mod snapshot;
+pub mod source;
 pub mod status;
+pub mod store;
 pub mod wireguard;

@@ -1,0 +1,119 @@
+//! From a snapshot to what the node should look like. Pure and total: whatever the snapshot holds, the
+//! result is a plan, and what could not be planned is an issue.
+
+mod addresses;
+mod announcement;
+mod endpoint;
+mod host;
+mod members;
+mod peers;
+mod policy;
+mod routes;
+#[cfg(test)]
+mod tests;
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use keyservice::{Announcement, Incumbents};
+use mesh_api::defaults;
+use mesh_api::status::Issue;
+
+use crate::desired::Desired;
+use crate::snapshot::Snapshot;
+use addresses::Addresses;
+use members::Members;
+use peers::Peers;
+
+/// The annotation by which an operator says where a node is reached: `address:port`, or an address alone
+/// with the announced port.
+pub const ANNOTATION_ENDPOINT_OVERRIDE: &str = "margay.io/endpoint-override";
+
+/// What [`plan`] makes of a snapshot.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Planned {
+    /// What the node should look like.
+    pub desired: Desired,
+    /// What is wrong, the sources' issues included.
+    pub issues: Vec<Issue>,
+    /// Whom to remember as admitted.
+    pub incumbents: Incumbents,
+    /// What to announce; `None` while there is no key, or nothing valid to say.
+    pub announcement: Option<Announcement>,
+    /// This node's own part of the mesh.
+    pub own: Own,
+}
+
+/// This node's own part of the mesh.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Own {
+    /// Prefixes its pods get their addresses from.
+    pub pod_cidrs: Vec<IpNet>,
+    /// Its InternalIPs.
+    pub addresses: Vec<IpAddr>,
+    /// Its addresses on the mesh device, one for each of `pod_cidrs`; no pod may have them.
+    pub tunnel_addresses: Vec<IpAddr>,
+}
+
+impl Own {
+    /// The own address of `ip`'s family for locally made packets: the InternalIP, if the host has it, else
+    /// the tunnel address.
+    fn source_for(&self, ip: IpAddr, host: &[IpAddr]) -> Option<IpAddr> {
+        let internal = self
+            .addresses
+            .iter()
+            .find(|own| own.is_ipv4() == ip.is_ipv4() && (host.is_empty() || host.contains(own)));
+        let tunnel = || self.tunnel_addresses.iter().find(|own| own.is_ipv4() == ip.is_ipv4());
+        internal.or_else(tunnel).copied()
+    }
+}
+
+/// Plans.
+pub fn plan(snapshot: &Snapshot) -> Planned {
+    let mut issues = snapshot.cluster.issues.clone();
+    let announcement = announcement::own(snapshot, &mut issues);
+    let members = Members::admit(snapshot, announcement.as_ref(), &mut issues);
+    let addresses = Addresses::assign(snapshot, &members, &mut issues);
+    let peers = Peers::build(snapshot, &members, &addresses, &mut issues);
+    let mesh = &snapshot.cluster.mesh;
+    let mut desired = Desired {
+        generation: snapshot.generation,
+        // Without our key every peer looks superfluous.
+        prune: snapshot.synced && snapshot.local.public_key.is_some(),
+        ..Desired::default()
+    };
+    host::links(snapshot, &members.own, &mut desired);
+    host::sysctls(snapshot, &mut desired);
+    desired.masquerade = host::masquerade(snapshot);
+    desired.routes = routes::routes(snapshot, &members, &peers);
+    desired.rules = routes::rules(&mesh.pools);
+    if let Some(device) = peers.device(snapshot) {
+        desired.wireguard.insert(defaults::DEVICE.to_owned(), device);
+    }
+    desired.policy = policy::policy(snapshot, &members.own, &peers, &addresses);
+    Planned { desired, issues, incumbents: members.incumbents, announcement, own: members.own }
+}
+
+/// An issue of the plan's own.
+fn issue(object: impl Into<String>, field: &str, reason: &str, message: impl Into<String>) -> Issue {
+    Issue { object: object.into(), field: field.into(), reason: reason.into(), message: message.into() }
+}
+
+/// The prefix of one address.
+fn host_prefix(ip: IpAddr) -> IpNet {
+    IpNet::from(ip)
+}
+
+/// Whether a packet can be sent to `ip` from another host.
+fn is_reachable(ip: IpAddr) -> bool {
+    let special = ip.is_unspecified() || ip.is_loopback() || ip.is_multicast();
+    let zoned = match ip {
+        IpAddr::V4(v4) => v4.is_broadcast(),
+        IpAddr::V6(v6) => v6.is_unicast_link_local() || v6.to_ipv4_mapped().is_some(),
+    };
+    !special && !zoned
+}
+
+fn in_any(prefixes: &[IpNet], ip: IpAddr) -> bool {
+    prefixes.iter().any(|prefix| prefix.contains(&ip))
+}

@@ -1,0 +1,118 @@
+//! Which pod has which address, and which addresses lie outside their node's prefixes.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use mesh_api::status::Issue;
+
+use super::members::Members;
+use super::{in_any, issue};
+use crate::snapshot::{ObjectRef, Pod, Snapshot};
+
+/// The outcome.
+#[derive(Default)]
+pub(super) struct Addresses {
+    /// Peers' pod addresses that none of the peer's prefixes holds, by peer.
+    pub(super) exceptions: BTreeMap<String, BTreeSet<IpAddr>>,
+    /// Addresses a Pod object names that are not its own.
+    pub(super) lost: BTreeSet<(ObjectRef, IpAddr)>,
+}
+
+/// Who has an address, in the order in which claims to it are heard.
+enum Holder<'a> {
+    Node(&'a str),
+    Tunnel(&'a str),
+    Pod(&'a ObjectRef),
+}
+
+impl std::fmt::Display for Holder<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Node(name) => write!(f, "node {name}"),
+            Self::Tunnel(name) => write!(f, "node {name}'s end of the tunnel"),
+            Self::Pod(pod) => write!(f, "pod {pod}"),
+        }
+    }
+}
+
+impl Addresses {
+    /// Gives every address to one holder: nodes before pods, pods with an interface here before others,
+    /// running before terminating, at home in their node's prefix before guests, then by name.
+    pub(super) fn assign(snapshot: &Snapshot, members: &Members, issues: &mut Vec<Issue>) -> Self {
+        let own_name = snapshot.local.node_name.as_str();
+        let mut held = nodes(snapshot, members);
+        for endpoint in snapshot.endpoints.values() {
+            for ip in &endpoint.ips {
+                held.entry(*ip).or_insert(Holder::Pod(&endpoint.pod));
+            }
+        }
+        let mut out = Self::default();
+        for (pod_ref, pod, ip) in claims(snapshot, members) {
+            let object = || format!("Pod/{pod_ref}");
+            match held.get(&ip) {
+                None => {}
+                Some(Holder::Pod(holder)) if *holder == pod_ref => {}
+                Some(holder) => {
+                    let message = format!("{ip} belongs to {holder}");
+                    issues.push(issue(object(), "status.podIPs", "DuplicateAddress", message));
+                    out.lost.insert((pod_ref.clone(), ip));
+                    continue;
+                }
+            }
+            held.insert(ip, Holder::Pod(pod_ref));
+            if !in_any(&snapshot.cluster.mesh.pools, ip) {
+                let message = format!("{ip} is outside every pool, so no other node reaches it");
+                issues.push(issue(object(), "status.podIPs", "AddressOutsidePools", message));
+                continue;
+            }
+            if pod.node == own_name {
+                continue;
+            }
+            let Some(peer) = members.peers.get(&pod.node) else { continue };
+            if !in_any(&peer.pod_cidrs, ip) {
+                out.exceptions.entry(peer.name.clone()).or_default().insert(ip);
+            }
+        }
+        out
+    }
+}
+
+/// The addresses that are never a pod's.
+fn nodes<'a>(snapshot: &'a Snapshot, members: &'a Members) -> BTreeMap<IpAddr, Holder<'a>> {
+    let own_name = snapshot.local.node_name.as_str();
+    let mut held = BTreeMap::new();
+    for (name, node) in &snapshot.cluster.nodes {
+        for ip in node.internal_ips.iter().chain(&node.external_ips) {
+            held.entry(*ip).or_insert(Holder::Node(name));
+        }
+    }
+    let prefixes = |name: &'a str, prefixes: &'a [IpNet]| prefixes.iter().map(move |prefix| (name, prefix));
+    let peers = members.peers.values().flat_map(|peer| prefixes(&peer.name, &peer.pod_cidrs));
+    for (name, prefix) in prefixes(own_name, &members.own.pod_cidrs).chain(peers) {
+        // In a prefix of one or two addresses the first may be all a pod can have.
+        let room = prefix.max_prefix_len() - prefix.prefix_len() >= 2;
+        if let Some(first) = prefix.hosts().next().filter(|_| room) {
+            held.entry(first).or_insert(Holder::Tunnel(name));
+        }
+    }
+    held
+}
+
+/// Every pod's every address, in the order in which they are heard.
+fn claims<'a>(snapshot: &'a Snapshot, members: &'a Members) -> Vec<(&'a ObjectRef, &'a Pod, IpAddr)> {
+    let own_name = snapshot.local.node_name.as_str();
+    let at_home = |pod: &Pod, ip: IpAddr| {
+        let own = (pod.node == own_name).then_some(&members.own.pod_cidrs);
+        let home = own.or_else(|| members.peers.get(&pod.node).map(|peer| &peer.pod_cidrs));
+        home.is_some_and(|home| in_any(home, ip))
+    };
+    let networked = snapshot.cluster.pods.iter().filter(|(_, pod)| {
+        // A pod that was not scheduled, or is done, has no address, whatever its status still says.
+        !pod.host_network && !pod.finished && !pod.node.is_empty()
+    });
+    let mut claims: Vec<_> =
+        networked.flat_map(|(name, pod)| pod.ips.iter().map(move |ip| (name, pod, *ip))).collect();
+    claims.sort_by_key(|(name, pod, ip)| (pod.terminating, !at_home(pod, *ip), *name, *ip));
+    claims
+}

@@ -1,0 +1,58 @@
+//! Where to reach a peer first. The datapath follows it from there when it roams.
+
+use std::net::{IpAddr, SocketAddr};
+
+use keyservice::Admitted;
+use mesh_api::status::Issue;
+
+use super::{ANNOTATION_ENDPOINT_OVERRIDE, in_any, is_reachable, issue};
+use crate::snapshot::{Node, Snapshot};
+
+/// Of the operator's word, what the peer announces (only addresses its Node object has, if that has any),
+/// the Node object's InternalIPs, and where it was last heard from, the first that can be.
+pub(super) fn choose(
+    snapshot: &Snapshot,
+    peer: &Admitted,
+    node: Option<&Node>,
+    issues: &mut Vec<Issue>,
+) -> Option<SocketAddr> {
+    let key = peer.keys.first()?;
+    if let Some(text) = node.and_then(|node| node.annotations.get(ANNOTATION_ENDPOINT_OVERRIDE)) {
+        match parse(text, key.port) {
+            Some(endpoint) if can_be(snapshot, endpoint) => return Some(endpoint),
+            _ => {
+                let field = format!("metadata.annotations[{ANNOTATION_ENDPOINT_OVERRIDE}]");
+                let message = format!("{text:?} is no address and port that can be reached; ignored");
+                issues.push(issue(format!("Node/{}", peer.name), &field, "InvalidEndpoint", message));
+            }
+        }
+    }
+    let (internal, external) =
+        node.map(|node| (node.internal_ips.as_slice(), node.external_ips.as_slice())).unwrap_or_default();
+    let named = |ip: IpAddr| internal.contains(&ip) || external.contains(&ip);
+    let announced = peer
+        .endpoints
+        .iter()
+        .copied()
+        .filter(|endpoint| (internal.is_empty() && external.is_empty()) || named(endpoint.ip()));
+    let of_node = internal.iter().chain(external).map(|ip| SocketAddr::new(*ip, key.port));
+    let learned = snapshot.local.learned_endpoints.get(&key.public_key).copied();
+    announced.chain(of_node).chain(learned).find(|endpoint| can_be(snapshot, *endpoint))
+}
+
+fn parse(text: &str, port: u16) -> Option<SocketAddr> {
+    text.parse().ok().or_else(|| text.parse().ok().map(|ip| SocketAddr::new(ip, port)))
+}
+
+/// Not our own, not inside the tunnel, and of a family this host has addresses of.
+fn can_be(snapshot: &Snapshot, endpoint: SocketAddr) -> bool {
+    let ip = endpoint.ip();
+    let host = &snapshot.local.addresses;
+    let own = snapshot.cluster.nodes.get(&snapshot.local.node_name);
+    let own = own.is_some_and(|node| node.internal_ips.contains(&ip)) || host.contains(&ip);
+    endpoint.port() != 0
+        && is_reachable(ip)
+        && !own
+        && !in_any(&snapshot.cluster.mesh.pools, ip)
+        && (host.is_empty() || host.iter().any(|have| have.is_ipv4() == ip.is_ipv4()))
+}

@@ -1,0 +1,113 @@
+//! Who is in the mesh, this node included.
+
+use std::collections::BTreeMap;
+
+use keyservice::admission::{Rules, admit};
+use keyservice::{Admitted, Announcement, Authority, Claim, Incumbents, Refusal};
+use mesh_api::status::Issue;
+
+use super::{Own, issue};
+use crate::snapshot::{Node, Snapshot};
+
+/// The outcome of admission.
+pub(super) struct Members {
+    /// This node.
+    pub(super) own: Own,
+    /// The others, by name.
+    pub(super) peers: BTreeMap<String, Admitted>,
+    /// Whom to remember.
+    pub(super) incumbents: Incumbents,
+}
+
+impl Members {
+    /// Weighs what the nodes announce against what their objects say.
+    pub(super) fn admit(
+        snapshot: &Snapshot,
+        announced: Option<&Announcement>,
+        issues: &mut Vec<Issue>,
+    ) -> Self {
+        let local = &snapshot.local;
+        let cluster = &snapshot.cluster;
+        let own_keys: Vec<_> = local.public_key.into_iter().collect();
+        let mut claims = Vec::new();
+        let mut silent = BTreeMap::new();
+        for (name, node) in &cluster.nodes {
+            let authority = authority(node);
+            match Announcement::from_annotations(name, &node.annotations) {
+                // What we have just said of ourselves is newer than what came back.
+                Ok(Some(said))
+                    if *name == local.node_name
+                        && said.keys.iter().all(|k| own_keys.contains(&k.public_key)) => {}
+                Ok(Some(announcement)) => claims.push(Claim { announcement, authority }),
+                Ok(None) => drop(silent.insert(name.clone(), authority)),
+                Err(error) => {
+                    let object = format!("Node/{name}");
+                    issues.push(issue(object, error.annotation, "InvalidAnnouncement", error.problem));
+                    silent.insert(name.clone(), authority);
+                }
+            }
+        }
+        let own_node = cluster.nodes.get(&local.node_name);
+        if let Some(announcement) = announced {
+            silent.remove(&local.node_name);
+            let authority = own_node.map(authority).unwrap_or_default();
+            claims.push(Claim { announcement: announcement.clone(), authority });
+        }
+        let rules = Rules {
+            own_name: &local.node_name,
+            own_keys: &own_keys,
+            pools: &cluster.mesh.pools,
+            silent,
+            synced: snapshot.synced,
+        };
+        let admission = admit(&claims, &local.incumbents, &rules);
+        issues.extend(admission.refused.iter().chain(&admission.notices).map(of_refusal));
+        let own = own(admission.own.as_ref(), own_node);
+        about_own(snapshot, own_node, &own, issues);
+        let peers =
+            admission.admitted.into_iter().map(|admitted| (admitted.name.clone(), admitted)).collect();
+        Self { own, peers, incumbents: admission.incumbents }
+    }
+}
+
+fn authority(node: &Node) -> Authority {
+    Authority {
+        uid: node.uid.clone(),
+        pod_cidrs: node.pod_cidrs.clone(),
+        addresses: node.internal_ips.iter().chain(&node.external_ips).copied().collect(),
+    }
+}
+
+fn of_refusal(refusal: &Refusal) -> Issue {
+    issue(format!("Node/{}", refusal.name), "", refusal.reason, refusal.message.clone())
+}
+
+fn own(admitted: Option<&Admitted>, node: Option<&Node>) -> Own {
+    let Some(admitted) = admitted else { return Own::default() };
+    let internal = node.map(|node| node.internal_ips.as_slice()).unwrap_or_default();
+    Own {
+        pod_cidrs: admitted.pod_cidrs.clone(),
+        addresses: internal.iter().filter(|ip| admitted.addresses.contains(ip)).copied().collect(),
+        // The first address after the network's; a prefix too small for one has none.
+        tunnel_addresses: admitted.pod_cidrs.iter().filter_map(|prefix| prefix.hosts().next()).collect(),
+    }
+}
+
+fn about_own(snapshot: &Snapshot, node: Option<&Node>, own: &Own, issues: &mut Vec<Issue>) {
+    let object = format!("Node/{}", snapshot.local.node_name);
+    if snapshot.cluster.mesh.pools.is_empty() {
+        let message = "no pools are configured, so no prefix belongs to the mesh";
+        issues.push(issue("MeshConfiguration/default", "spec.pools", "NoPools", message));
+    }
+    if node.is_none() {
+        let message = "no Node object has this node's name";
+        issues.push(issue(object.clone(), "metadata.name", "NodeMissing", message));
+    }
+    if snapshot.local.public_key.is_none() {
+        issues.push(issue(object.clone(), "", "NoKey", "this node has no key, so it has no tunnels"));
+    }
+    if own.pod_cidrs.is_empty() {
+        let message = "this node has no pod prefix, so its pods get no addresses of their own accord";
+        issues.push(issue(object, "spec.podCIDRs", "NoPrefix", message));
+    }
+}

@@ -1,0 +1,79 @@
+//! Routes and rules. Table 4207 says where pods are; 4208, which only packets from pods see, where nodes are.
+
+use std::collections::BTreeSet;
+
+use ipnet::IpNet;
+use mesh_api::defaults;
+
+use super::members::Members;
+use super::peers::Peers;
+use super::{host_prefix, in_any};
+use crate::desired::{Route, RouteTarget, Rule};
+use crate::snapshot::Snapshot;
+
+/// Of every route that leads somewhere. Given, because the kernel's own choice differs between families.
+const METRIC: u32 = 100;
+/// Of the fall-back, behind everything else.
+const METRIC_LAST: u32 = u32::MAX;
+
+/// All routes of ours.
+pub(super) fn routes(snapshot: &Snapshot, members: &Members, peers: &Peers) -> BTreeSet<Route> {
+    let mesh = &snapshot.cluster.mesh;
+    let mut out = BTreeSet::new();
+    let unreachable =
+        |table, dst| Route { table, dst, target: RouteTarget::Unreachable, metric: METRIC_LAST };
+    // Our own prefixes always: an address that no pod has must not travel to the next router and back.
+    out.extend(members.own.pod_cidrs.iter().map(|prefix| unreachable(defaults::TABLE, *prefix)));
+    if mesh.strict_encryption {
+        out.extend(mesh.pools.iter().map(|pool| unreachable(defaults::TABLE, *pool)));
+        let nodes = snapshot.cluster.nodes.iter().filter(|(name, _)| **name != snapshot.local.node_name);
+        let elsewhere = nodes.flat_map(|(_, node)| &node.internal_ips).filter(|ip| {
+            !peers.node_addresses.contains(ip)
+                && !members.own.addresses.contains(ip)
+                && !snapshot.local.addresses.contains(ip)
+                && !in_any(&mesh.pools, **ip)
+        });
+        out.extend(elsewhere.map(|ip| unreachable(defaults::TABLE_FROM_PODS, host_prefix(*ip))));
+    }
+    for endpoint in snapshot.endpoints.iter().filter(|(_, endpoint)| endpoint.ifindex != 0) {
+        let (interface, endpoint) = endpoint;
+        let target = RouteTarget::Device { name: interface.clone(), src: None };
+        out.extend(endpoint.ips.iter().map(|ip| Route {
+            table: defaults::TABLE,
+            dst: host_prefix(*ip),
+            target: target.clone(),
+            metric: METRIC,
+        }));
+    }
+    let through_tunnel = |table, dst: IpNet, src| Route {
+        table,
+        dst,
+        target: RouteTarget::Device { name: defaults::DEVICE.to_owned(), src },
+        metric: METRIC,
+    };
+    for prefix in &peers.pod_prefixes {
+        let src = members.own.source_for(prefix.addr(), &snapshot.local.addresses);
+        out.insert(through_tunnel(defaults::TABLE, *prefix, src));
+    }
+    for ip in &peers.node_addresses {
+        out.insert(through_tunnel(defaults::TABLE_FROM_PODS, host_prefix(*ip), None));
+    }
+    out
+}
+
+/// The rules that lead to our tables.
+pub(super) fn rules(pools: &[IpNet]) -> BTreeSet<Rule> {
+    let pods = [false, true].map(|ipv6| Rule {
+        priority: defaults::RULE_PRIORITY,
+        ipv6,
+        from: None,
+        table: defaults::TABLE,
+    });
+    let nodes = pools.iter().map(|pool| Rule {
+        priority: defaults::RULE_PRIORITY + 1,
+        ipv6: pool.addr().is_ipv6(),
+        from: Some(*pool),
+        table: defaults::TABLE_FROM_PODS,
+    });
+    pods.into_iter().chain(nodes).collect()
+}

@@ -1,0 +1,209 @@
+//! From Kubernetes objects to the snapshot's slim types, with the API server's defaulting and validation, so
+//! that every source of objects means the same.
+
+pub mod cidr;
+pub mod mesh;
+pub mod meta;
+pub mod namespace;
+pub mod network_policy;
+pub mod node;
+pub mod pod;
+pub mod problem;
+pub mod selector;
+#[cfg(test)]
+mod tests;
+mod unknown;
+
+use std::fmt;
+
+use ebpf_policy::model;
+use k8s_openapi::api::{core, networking};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use crate::config::mesh::{MeshConfiguration, MeshConfigurationSpec};
+use crate::names;
+use crate::snapshot::{Labels, Node, ObjectRef, Pod};
+use problem::Problems;
+
+/// The kinds of objects the agent reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Kind {
+    /// margay.io/v1alpha1.
+    MeshConfiguration,
+    /// v1.
+    Node,
+    /// v1.
+    Namespace,
+    /// v1.
+    Pod,
+    /// networking.k8s.io/v1.
+    NetworkPolicy,
+}
+
+impl Kind {
+    const ALL: [Self; 5] =
+        [Self::MeshConfiguration, Self::Node, Self::Namespace, Self::Pod, Self::NetworkPolicy];
+
+    /// As written in `kind:`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::MeshConfiguration => "MeshConfiguration",
+            Self::Node => "Node",
+            Self::Namespace => "Namespace",
+            Self::Pod => "Pod",
+            Self::NetworkPolicy => "NetworkPolicy",
+        }
+    }
+
+    /// As written in `apiVersion:`.
+    pub const fn api_version(self) -> &'static str {
+        match self {
+            Self::MeshConfiguration => "margay.io/v1alpha1",
+            Self::Node | Self::Namespace | Self::Pod => "v1",
+            Self::NetworkPolicy => "networking.k8s.io/v1",
+        }
+    }
+
+    const fn namespaced(self) -> bool {
+        matches!(self, Self::Pod | Self::NetworkPolicy)
+    }
+
+    /// The kind a manifest says it is. Of other kinds and groups we know nothing; another version of one of
+    /// ours is an error, since nobody else will read it.
+    pub fn of(api_version: &str, kind: &str) -> Result<Option<Self>, String> {
+        let group = |version: &'static str| version.rsplit_once('/').map_or("", |(group, _)| group);
+        let given = api_version.rsplit_once('/').map_or("", |(group, _)| group);
+        let ours = Self::ALL.into_iter().find(|known| {
+            let old = *known == Self::NetworkPolicy && given == "extensions";
+            known.name() == kind && (group(known.api_version()) == given || old)
+        });
+        match ours {
+            Some(known) if known.api_version() == api_version => Ok(Some(known)),
+            Some(known) => Err(format!("{kind} is read as {}, not as {api_version:?}", known.api_version())),
+            None if given == "margay.io" => Err(format!("{api_version} has no kind {kind}")),
+            None => Ok(None),
+        }
+    }
+}
+
+/// Names an object.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ObjectKey {
+    /// Its kind.
+    pub kind: Kind,
+    /// Its namespace; empty for cluster-scoped kinds.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+}
+
+impl ObjectKey {
+    /// For namespaced kinds.
+    pub fn reference(&self) -> ObjectRef {
+        ObjectRef { namespace: self.namespace.clone(), name: self.name.clone() }
+    }
+}
+
+impl fmt::Display for ObjectKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.namespace.as_str() {
+            "" => write!(f, "{}/{}", self.kind.name(), self.name),
+            namespace => write!(f, "{}/{namespace}/{}", self.kind.name(), self.name),
+        }
+    }
+}
+
+/// An object in the form the snapshot keeps.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Object {
+    /// `spec` of a MeshConfiguration.
+    Mesh(Box<MeshConfigurationSpec>),
+    /// A Node.
+    Node(Node),
+    /// A Namespace's labels.
+    Namespace(Labels),
+    /// A Pod.
+    Pod(Pod),
+    /// A NetworkPolicy, perhaps failing closed.
+    Policy(model::NetworkPolicy),
+}
+
+/// What became of one manifest.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Decoded {
+    /// Which object it is.
+    pub key: ObjectKey,
+    /// The object; `None` when it was refused. A NetworkPolicy never is: it fails closed instead.
+    pub object: Option<Object>,
+    /// What is wrong with it.
+    pub problems: Problems,
+}
+
+/// Decodes one object of a known kind.
+pub fn decode(kind: Kind, value: &Value) -> Decoded {
+    let mut problems = Problems::default();
+    let key = key(kind, value, &mut problems);
+    let object = match kind {
+        Kind::MeshConfiguration => typed(value, &mut problems)
+            .and_then(|object: MeshConfiguration| mesh::decode(object, &mut problems))
+            .map(|spec| Object::Mesh(Box::new(spec))),
+        Kind::Node => typed(value, &mut problems)
+            .map(|node: core::v1::Node| Object::Node(node::decode(&node, &mut problems))),
+        Kind::Namespace => typed(value, &mut problems)
+            .map(|object: core::v1::Namespace| Object::Namespace(namespace::decode(&object, &mut problems))),
+        Kind::Pod => typed(value, &mut problems)
+            .map(|pod: core::v1::Pod| Object::Pod(pod::decode(&pod, &mut problems))),
+        Kind::NetworkPolicy => {
+            let typed = typed::<networking::v1::NetworkPolicy>(value, &mut problems);
+            let before = problems.first_refusal().map(|p| format!("{}: {}", p.field, p.message));
+            Some(Object::Policy(match (typed, before) {
+                (Some(policy), None) => network_policy::decode(&policy, &key.reference(), &mut problems),
+                (_, why) => network_policy::salvage(value, &key.reference(), &why.unwrap_or_default()),
+            }))
+        }
+    };
+    let keep = kind == Kind::NetworkPolicy || !problems.is_refused();
+    Decoded { key, object: object.filter(|_| keep), problems }
+}
+
+/// The object's name, read before anything else so that every later problem can name it.
+fn key(kind: Kind, value: &Value, problems: &mut Problems) -> ObjectKey {
+    let text = |field: &str| value.pointer(field).and_then(Value::as_str).unwrap_or_default().to_owned();
+    let name = text("/metadata/name");
+    let mut namespace = text("/metadata/namespace");
+    if kind.namespaced() {
+        if namespace.is_empty() {
+            namespace = "default".into();
+        }
+        if !names::is_dns_label(&namespace) {
+            problems.invalid("metadata.namespace", format!("{namespace:?} is not a DNS-1123 label"));
+        }
+    } else if !namespace.is_empty() {
+        problems.invalid("metadata.namespace", format!("a {} has no namespace", kind.name()));
+        namespace.clear();
+    }
+    if kind == Kind::Pod && !names::is_dns_subdomain(&name) {
+        problems.invalid("metadata.name", format!("{name:?} is not a DNS-1123 subdomain"));
+    }
+    ObjectKey { kind, namespace, name }
+}
+
+/// Reads the typed object; a field of the wrong type refuses it, a field it does not know is a warning.
+fn typed<T: DeserializeOwned + Serialize>(value: &Value, problems: &mut Problems) -> Option<T> {
+    match serde_path_to_error::deserialize::<_, T>(value) {
+        Ok(object) => {
+            if let Ok(known) = serde_json::to_value(&object) {
+                unknown::compare(value, &known, "", problems);
+            }
+            Some(object)
+        }
+        Err(error) => {
+            let field = error.path().to_string();
+            let field = if field == "." { String::new() } else { field };
+            problems.invalid(field, error.inner().to_string());
+            None
+        }
+    }
+}

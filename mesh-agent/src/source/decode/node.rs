@@ -1,0 +1,77 @@
+//! Node.
+
+use k8s_openapi::api::core::v1;
+
+use super::problem::Problems;
+use super::{cidr, meta};
+use crate::names;
+use crate::snapshot::Node;
+
+/// Converts a Node.
+pub fn decode(node: &v1::Node, problems: &mut Problems) -> Node {
+    let name = node.metadata.name.as_deref().unwrap_or_default();
+    if !names::is_dns_subdomain(name) {
+        problems.invalid("metadata.name", format!("{name:?} is not a DNS-1123 subdomain"));
+    }
+    meta::check(&node.metadata, problems);
+    let mut out = Node {
+        uid: meta::uid(&node.metadata),
+        labels: node.metadata.labels.clone().unwrap_or_default(),
+        annotations: meta::own_annotations(&node.metadata),
+        ..Node::default()
+    };
+    pod_cidrs(node, &mut out, problems);
+    let addresses = node.status.as_ref().and_then(|status| status.addresses.as_ref());
+    for (index, address) in addresses.into_iter().flatten().enumerate() {
+        let field = format!("status.addresses[{index}].address");
+        let list = match address.type_.as_str() {
+            "InternalIP" => &mut out.internal_ips,
+            "ExternalIP" => &mut out.external_ips,
+            // Names are no addresses of a route or an endpoint.
+            "Hostname" | "InternalDNS" | "ExternalDNS" => continue,
+            other => {
+                problems.warn(
+                    format!("status.addresses[{index}].type"),
+                    "UnknownAddressType",
+                    format!("{other:?} is not known and has no effect"),
+                );
+                continue;
+            }
+        };
+        match cidr::address(&address.address) {
+            Ok(ip) if list.contains(&ip) => {}
+            Ok(ip) => list.push(ip),
+            Err(message) => problems.invalid(field, message),
+        }
+    }
+    out
+}
+
+/// `spec.podCIDRs`: at most one a family, and `spec.podCIDR` the first of them where both are given.
+fn pod_cidrs(node: &v1::Node, out: &mut Node, problems: &mut Problems) {
+    let Some(spec) = &node.spec else { return };
+    let mut texts = spec.pod_cidrs.clone().unwrap_or_default();
+    let first = spec.pod_cidr.clone().filter(|text| !text.is_empty());
+    match (texts.first(), first) {
+        (None, Some(first)) => texts.push(first),
+        (Some(listed), Some(first)) if *listed != first => {
+            problems.invalid("spec.podCIDR", format!("{first:?} is not spec.podCIDRs[0], {listed:?}"));
+        }
+        _ => {}
+    }
+    for (index, text) in texts.iter().enumerate() {
+        let field = format!("spec.podCIDRs[{index}]");
+        match cidr::prefix(text) {
+            Ok((net, _)) if out.pod_cidrs.iter().any(|n| n.addr().is_ipv4() == net.addr().is_ipv4()) => {
+                problems.invalid(field, format!("{net} is a second prefix of its family"));
+            }
+            Ok((net, cut)) => {
+                if cut {
+                    problems.warn(field, "HostBits", format!("{text} has host bits, taken as {net}"));
+                }
+                out.pod_cidrs.push(net);
+            }
+            Err(message) => problems.invalid(field, message),
+        }
+    }
+}

@@ -1,0 +1,87 @@
+//! Pod: the fields that matter to a network. Others (images, volumes …) are not looked at.
+
+use k8s_openapi::api::core::v1::{self, Container};
+
+use super::problem::Problems;
+use super::{cidr, meta};
+use crate::names;
+use crate::snapshot::Pod;
+
+/// Converts a Pod.
+pub fn decode(pod: &v1::Pod, problems: &mut Problems) -> Pod {
+    meta::check(&pod.metadata, problems);
+    let mut out = Pod {
+        uid: meta::uid(&pod.metadata),
+        labels: pod.metadata.labels.clone().unwrap_or_default(),
+        terminating: pod.metadata.deletion_timestamp.is_some(),
+        ..Pod::default()
+    };
+    if let Some(spec) = &pod.spec {
+        out.node = spec.node_name.clone().unwrap_or_default();
+        if !out.node.is_empty() && !names::is_dns_subdomain(&out.node) {
+            problems.invalid("spec.nodeName", format!("{:?} is not a DNS-1123 subdomain", out.node));
+        }
+        out.host_network = spec.host_network.unwrap_or_default();
+        for (index, container) in spec.containers.iter().enumerate() {
+            ports(container, &format!("spec.containers[{index}]"), &mut out, problems);
+        }
+        for (index, container) in spec.init_containers.iter().flatten().enumerate() {
+            // Only an init container that keeps running (a native sidecar) listens beside the others.
+            if container.restart_policy.as_deref() == Some("Always") {
+                ports(container, &format!("spec.initContainers[{index}]"), &mut out, problems);
+            }
+        }
+    }
+    status(pod, &mut out, problems);
+    out
+}
+
+fn ports(container: &Container, field: &str, out: &mut Pod, problems: &mut Problems) {
+    for (index, port) in container.ports.iter().flatten().enumerate() {
+        let field = format!("{field}.ports[{index}]");
+        let name = port.name.clone().unwrap_or_default();
+        if !name.is_empty() && !names::is_port_name(&name) {
+            problems.invalid(format!("{field}.name"), format!("{name:?} is not a port name"));
+        }
+        let protocol = port.protocol.clone().filter(|p| !p.is_empty()).unwrap_or_else(|| "TCP".into());
+        if !matches!(protocol.as_str(), "TCP" | "UDP" | "SCTP") {
+            problems.invalid(format!("{field}.protocol"), format!("{protocol:?} is none of TCP, UDP, SCTP"));
+        }
+        match u16::try_from(port.container_port) {
+            Ok(number) if number > 0 => out.ports.push((name, number, protocol)),
+            _ => problems.invalid(
+                format!("{field}.containerPort"),
+                format!("{} is not in 1-65535", port.container_port),
+            ),
+        }
+    }
+}
+
+fn status(pod: &v1::Pod, out: &mut Pod, problems: &mut Problems) {
+    let Some(status) = &pod.status else { return };
+    match status.phase.as_deref() {
+        Some("Succeeded" | "Failed") => out.finished = true,
+        None | Some("" | "Pending" | "Running" | "Unknown") => {}
+        Some(other) => problems.invalid(
+            "status.phase",
+            format!("{other:?} is none of Pending, Running, Succeeded, Failed, Unknown"),
+        ),
+    }
+    let mut texts: Vec<String> = status.pod_ips.iter().flatten().map(|entry| entry.ip.clone()).collect();
+    let first = status.pod_ip.clone().filter(|text| !text.is_empty());
+    match (texts.first(), first) {
+        (None, Some(first)) => texts.push(first),
+        (Some(listed), Some(first)) if *listed != first => {
+            problems.invalid("status.podIP", format!("{first:?} is not status.podIPs[0], {listed:?}"));
+        }
+        _ => {}
+    }
+    for (index, text) in texts.iter().enumerate() {
+        let field = format!("status.podIPs[{index}].ip");
+        match cidr::address(text) {
+            Ok(ip) if out.ips.contains(&ip) => problems.invalid(field, format!("{ip} stands there twice")),
+            Ok(ip) => out.ips.push(ip),
+            Err(message) => problems.invalid(field, message),
+        }
+    }
+}
