@@ -111,8 +111,8 @@ impl<K: Ord + Copy, V: PartialEq + Copy> Mirror<K, V> {
         Ok(())
     }
 
-    /// Writes what is missing or different, the greatest key first: for prefixes, the longest. A short prefix that changes
-    /// first would for a moment speak for an exception inside it that is still to come.
+    /// Writes what is missing or different, the greatest key first: for prefixes, the longest. A short prefix that came first
+    /// would for a moment speak for a longer one inside it.
     pub(crate) fn write(&mut self, wanted: &BTreeMap<K, V>) -> Result<usize, Error> {
         let changed: Vec<_> = wanted
             .iter()
