@@ -4,9 +4,13 @@
 //! without touching anything, `reconcile` makes the kernel and the datapath so, `status` says how that went
 //! and `api` tells it.
 
+pub mod api;
+pub mod cni;
 pub mod config;
 pub mod desired;
 pub mod files;
+pub mod ipam;
+pub mod metrics;
 pub mod names;
 pub mod own;
 pub mod plan;

@@ -15,6 +15,7 @@ pub mod links;
 pub mod masquerade;
 pub mod neighbours;
 pub mod netlink;
+pub mod policy;
 pub mod routes;
 pub mod rules;
 pub mod sysctls;

@@ -2,6 +2,7 @@
 //! outcome, and the pure step from there to the [`Status`] that the sockets tell.
 
 mod peer;
+pub mod poll;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -12,7 +13,7 @@ use mesh_api::status::{
     DeviceStatus, EndpointStatus, Generation, Issue, PeerState, PeerStatus, PolicyStatus, ReconcilerStatus,
     Status,
 };
-use mesh_uapi::Device;
+use mesh_uapi::{Device, Stats};
 use tokio::sync::watch;
 
 use crate::desired::Desired;
@@ -29,6 +30,8 @@ pub struct DeviceSeen {
     pub mtu: u32,
     /// What the UAPI socket answered; `None` when nobody did.
     pub device: Option<Device>,
+    /// The datapath's counters; `None` from an implementation that has none.
+    pub stats: Option<Stats>,
 }
 
 /// The last pass of a reconciler, successful or not.
@@ -40,6 +43,8 @@ pub struct Pass {
     pub aborted: bool,
     /// What could not be made so.
     pub errors: Vec<ReconcileError>,
+    /// Passes since the start that left something undone.
+    pub failures: u64,
 }
 
 /// Everything on the board at one moment.
@@ -151,8 +156,9 @@ impl Board {
                 row.state = "error".to_owned();
                 row.error = Some(sentence(errors));
             }
-            let pass = Pass { generation, aborted, errors: errors.to_vec() };
-            seen.passes.insert(name.to_owned(), pass);
+            let pass = seen.passes.entry(name.to_owned()).or_default();
+            let failures = pass.failures + u64::from(!errors.is_empty());
+            *pass = Pass { generation, aborted, errors: errors.to_vec(), failures };
         });
     }
 
