@@ -199,8 +199,8 @@ impl Device {
         if let Some(identity) = &tables.identity {
             identity.gate.lock().unwrap_or_else(PoisonError::into_inner).forget_quiet(now.instant);
         }
-        let peers = tables.peers.values();
-        peers.filter_map(|entry| entry.peer.tick(now, self.mtu(), rng, &mut out.network)).min()
+        let mut tick = |peer: &Peer| peer.tick(now, self.mtu(), &self.drops, rng, &mut out.network);
+        tables.peers.values().filter_map(|entry| tick(&entry.peer)).min()
     }
 
     fn count(&self, peer: &Peer, result: Result<(), Drop>) {

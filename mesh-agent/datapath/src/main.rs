@@ -1,6 +1,7 @@
 //! `mesh-datapath IFNAME`: one userspace WireGuard device, configured over its UAPI socket.
 
 use std::io::IsTerminal as _;
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::{Arc, mpsc};
 
@@ -64,18 +65,25 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let path = mesh_uapi::client::socket_path(name);
     server::claim(&path)?;
     let tun = Tun::open(name)?;
-    let prepared = Sockets::bind(0, 0).context("UDP sockets").and_then(|s| Ok((s, Server::bind(&path)?)));
-    let (sockets, server) = match prepared {
-        Ok(prepared) => prepared,
-        Err(error) => {
-            leave(&tun, arguments.persist);
-            return Err(error);
-        }
-    };
-    let server = Arc::new(server);
-    let port = sockets.port;
-    let engine = Engine::new(tun, sockets).context("engine")?;
+    let engine = Engine::new(tun, Sockets::bind(0, 0).context("UDP sockets")?)?;
+    match serve(arguments, &path, &engine)? {
+        // As after a crash, the interface stays: its packets must not take another road.
+        Exit::Failed(why) => anyhow::bail!("{name}: {why}"),
+        exit => tracing::info!("{name}: ends: {exit:?}"),
+    }
+    if !arguments.persist
+        && let Err(e) = engine.tun().set_persistent(false)
+    {
+        tracing::debug!("{name}: {e}");
+    }
+    Ok(())
+}
 
+/// Runs the engine until it ends.
+fn serve(arguments: &Arguments, path: &Path, engine: &Arc<Engine>) -> anyhow::Result<Exit> {
+    let server = Arc::new(Server::bind(path)?);
+    // Not before: what fails until here leaves an interface that it found, and none that it made.
+    engine.tun().set_persistent(true).context("TUNSETPERSIST")?;
     let exit = (|| {
         let parent = match arguments.foreground {
             true => None,
@@ -88,10 +96,12 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
         let (sender, exits) = mpsc::channel();
         signals::watch(sender.clone()).context("signals")?;
         engine.start(&sender).context("threads")?;
-        server.start(&engine, &sender).context("threads")?;
+        server.start(engine, &sender).context("threads")?;
         tracing::info!(
-            "mesh-datapath {} on {name}, UDP port {port}, MTU {}",
+            "mesh-datapath {} on {}, UDP port {}, MTU {}",
             env!("CARGO_PKG_VERSION"),
+            arguments.interface,
+            engine.sockets().port,
             engine.device.mtu()
         );
         if let Some(parent) = parent {
@@ -105,19 +115,5 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
         exits.recv().context("every thread is gone")
     })();
     server.remove();
-    let exit = exit.inspect_err(|_| leave(engine.tun(), arguments.persist))?;
-    if let Exit::Failed(why) = exit {
-        // As after a crash, the interface stays: its packets must not take another road.
-        anyhow::bail!("{name}: {why}");
-    }
-    tracing::info!("{name}: ends: {exit:?}");
-    leave(engine.tun(), arguments.persist);
-    Ok(())
-}
-
-/// A clean end takes the interface along.
-fn leave(tun: &Tun, persist: bool) {
-    if !persist && let Err(e) = tun.set_persistent(false) {
-        tracing::debug!("{}: {e}", tun.name());
-    }
+    exit
 }

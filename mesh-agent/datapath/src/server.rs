@@ -135,18 +135,26 @@ impl Server {
                 thread::sleep(Duration::from_millis(10));
             }
             open.fetch_add(1, Ordering::AcqRel);
-            let (engine, count) = (engine.clone(), open.clone());
+            let (engine, slot) = (engine.clone(), Slot(open.clone()));
             let spawned = thread::Builder::new().name("uapi-conn".into()).spawn(move || {
+                let _slot = slot;
                 if let Err(e) = serve(&engine, &stream) {
                     tracing::debug!("uapi connection: {e}");
                 }
-                count.fetch_sub(1, Ordering::AcqRel);
             });
             if let Err(e) = spawned {
                 tracing::warn!("{}: thread: {e}", self.path.display());
-                open.fetch_sub(1, Ordering::AcqRel);
             }
         }
+    }
+}
+
+/// One of the connections served at once, until it is dropped.
+struct Slot(Arc<AtomicUsize>);
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
     }
 }
 

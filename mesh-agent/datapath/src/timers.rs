@@ -19,7 +19,7 @@ use boringtun::noise::errors::WireGuardError;
 use rand::Rng;
 
 use crate::batch::Batch;
-use crate::counters::Drop;
+use crate::counters::{Counters, Drop};
 use crate::peer::{INITIATION, Now, Peer, tunn_has_session};
 
 /// Age of a session at which its initiator makes a new one.
@@ -88,6 +88,7 @@ impl Peer {
         &self,
         now: Now,
         mtu: usize,
+        device_drops: &Counters,
         rng: &mut impl Rng,
         out: &mut Batch<SocketAddr>,
     ) -> Option<Instant> {
@@ -109,6 +110,7 @@ impl Peer {
             TunnResult::Err(WireGuardError::ConnectionExpired) => {
                 for _ in state.staged.drain(..) {
                     self.drops.count(Drop::HandshakeFailed);
+                    device_drops.count(Drop::HandshakeFailed);
                 }
             }
             _ => {}

@@ -64,8 +64,7 @@ fn request(name: &str) -> libc::ifreq {
 }
 
 impl Tun {
-    /// Attaches to the TUN device `name`, which is made if there is none, and keeps it when this process
-    /// ends (so that packets are dropped there and take no other road).
+    /// Attaches to the TUN device `name`, which is made if there is none.
     pub fn open(name: &str) -> Result<Self, TunError> {
         check_name(name)?;
         let call = |call| move |source| TunError::Call { name: name.to_owned(), call, source };
@@ -90,14 +89,14 @@ impl Tun {
                 _ => call("TUNSETIFF")(source),
             });
         }
-        tun.set_persistent(true).map_err(call("TUNSETPERSIST"))?;
         if !existed {
             tun.set_mtu(DEFAULT_MTU).map_err(call("SIOCSIFMTU"))?;
         }
         Ok(tun)
     }
 
-    /// Whether the device stays when nobody is attached to it.
+    /// Whether the device stays when nobody is attached to it, so that packets are dropped there and take no
+    /// other road.
     pub fn set_persistent(&self, persistent: bool) -> io::Result<()> {
         let flag = libc::c_ulong::from(persistent);
         // SAFETY: the descriptor is open; TUNSETPERSIST takes an integer, not a pointer.

@@ -16,6 +16,8 @@ use world::{Host, Kind, Side, alive, answers, in_world, ours, tunnel, until};
 
 const SOCKET: &str = "/var/run/wireguard/wg-left.sock";
 
+/// Ends with the world, where the test does not end it.
+#[allow(clippy::zombie_processes)]
 fn start(flags: &str) -> Child {
     let mut command = Host::Left.command(ours());
     let child = command.args(flags.split_whitespace()).args(["-f", "wg-left"]).spawn().unwrap();
@@ -183,6 +185,7 @@ fn an_interface_or_socket_in_use_is_refused_by_name_and_left_alone() {
         let said = refused(Host::Left, "wg-left");
         assert!(said.contains("wg-left.sock: exists and is no socket"), "{said}");
         assert_eq!(fs::read(SOCKET).unwrap(), b"not a socket");
+        assert!(!exists("wg-left"), "an interface is left behind");
         for name in ["tun%d", "../wg0", "sixteen-bytes-xx"] {
             assert!(refused(Host::Left, name).contains("is no interface name"), "{name}");
         }
@@ -193,12 +196,14 @@ fn an_interface_or_socket_in_use_is_refused_by_name_and_left_alone() {
 #[test]
 fn the_socket_is_for_its_owner_only() {
     in_world(|| {
-        let _child = start("");
+        let child = start("");
         let file = fs::symlink_metadata(SOCKET).unwrap();
         assert!(file.file_type().is_socket());
         assert_eq!(file.permissions().mode() & 0o777, 0o600);
         let directory = fs::metadata("/var/run/wireguard").unwrap();
         assert_eq!(directory.permissions().mode() & 0o777, 0o700);
+        signal(&child, Signal::SIGTERM);
+        assert!(ends_well(child));
     });
 }
 
@@ -222,6 +227,8 @@ fn after_set_up_every_thread_keeps_two_capabilities_and_cannot_gain_any() {
         // What they are kept for still works.
         Host::Left.run("wg", "set wg-left listen-port 53 fwmark 0x2000");
         assert_eq!(Host::Left.run("wg", "show wg-left fwmark").trim(), "0x2000");
+        signal(&child, Signal::SIGTERM);
+        assert!(ends_well(child));
     });
 }
 
