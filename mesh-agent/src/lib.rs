@@ -5,18 +5,26 @@
 //! and `api` tells it.
 
 pub mod api;
+pub mod cleanup;
 pub mod cni;
 pub mod config;
+pub mod daemon;
 pub mod desired;
 pub mod files;
 pub mod ipam;
+pub mod kernel_events;
 pub mod metrics;
 pub mod names;
+pub mod notify;
+pub mod observe;
 pub mod own;
 pub mod plan;
+pub mod planner;
 pub mod reconcile;
+pub mod runner;
 pub mod snapshot;
 pub mod source;
+pub mod state;
 pub mod status;
 pub mod store;
 pub mod wireguard;

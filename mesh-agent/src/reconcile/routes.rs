@@ -156,6 +156,23 @@ impl RouteReconciler {
     }
 }
 
+/// The first route of each withheld link that is not there yet, and why.
+fn waiting(actual: &Actual, links: &Links, desired: &Desired) -> Vec<ReconcileError> {
+    let wait = |name: &String| {
+        let to_it = |route: &Route| {
+            matches!(&route.target, RouteTarget::Device { name: to, .. } if to == name)
+                && !actual.routes.contains(route)
+        };
+        let route = desired.routes.iter().map(canonical).find(to_it)?;
+        let reason = match links.contains_key(name) {
+            true => "withheld until its policy is in place".to_owned(),
+            false => absent(name).to_string(),
+        };
+        Some(ReconcileError::new(object(&route), reason))
+    };
+    desired.withhold.iter().filter_map(wait).collect()
+}
+
 fn object(route: &Route) -> String {
     let Route { table, dst, target, .. } = route;
     match target {
@@ -181,15 +198,7 @@ impl Reconciler for RouteReconciler {
             for op in &diff(&actual, desired) {
                 report.record(self.apply(&links, op).await);
             }
-            for name in &desired.withhold {
-                let to_it = |route: &&Route| matches!(&route.target, RouteTarget::Device { name: to, .. } if to == name);
-                let waiting = desired.routes.iter().filter(to_it).map(canonical);
-                if let Some(route) = waiting.into_iter().find(|route| !actual.routes.contains(route)) {
-                    report
-                        .errors
-                        .push(ReconcileError::new(object(&route), "withheld until its policy is in place"));
-                }
-            }
+            report.errors.extend(waiting(&actual, &links, desired));
             Ok(report)
         })
     }

@@ -10,7 +10,7 @@ use nix::sched::{CloneFlags, unshare};
 
 /// Runs `test` on a thread of its own in new network and mount namespaces, with a runtime for async code.
 /// Threads and programs started from there are in them too.
-pub fn in_namespaces<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send + 'static) {
+pub(crate) fn in_namespaces<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send + 'static) {
     let thread = std::thread::Builder::new().spawn(move || {
         unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).expect("unshare needs root");
         let none: Option<&str> = None;
@@ -24,14 +24,14 @@ pub fn in_namespaces<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send + '
 }
 
 /// Runs a command (words parted by spaces) and gives what it said.
-pub fn run(command: &str) -> String {
+pub(crate) fn run(command: &str) -> String {
     let output = output(command);
     assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).unwrap()
 }
 
 /// Whether a command succeeds.
-pub fn succeeds(command: &str) -> bool {
+pub(crate) fn succeeds(command: &str) -> bool {
     output(command).status.success()
 }
 
@@ -41,7 +41,7 @@ fn output(command: &str) -> std::process::Output {
 }
 
 /// Waits until `condition` holds, at most ten seconds.
-pub async fn eventually(what: &str, mut condition: impl AsyncFnMut() -> bool) {
+pub(crate) async fn eventually(what: &str, mut condition: impl AsyncFnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(10);
     while !condition().await {
         assert!(Instant::now() < deadline, "still not: {what}");

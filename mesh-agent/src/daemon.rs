@@ -1,0 +1,216 @@
+//! The one place where everything is tied together: config → key → sources → store → plan → runner →
+//! status, CNI and the sockets.
+//!
+//! ```text
+//!   DirectorySource ┐                                    ┌ reconcilers ┐
+//!   CNI server      ├▶ Store ─▶ Planner ─▶ Desired ─▶ Runner           ├▶ Board ─▶ API, metrics
+//!   Observer        ┘             │                      └ Observer    ┘
+//!                                 └▶ incumbents.json, announcement
+//! ```
+
+use std::future::Future;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use keyservice::{Incumbents, PrivateKey, keyfile};
+use mesh_api::defaults;
+use mesh_uapi::client::SOCKET_DIR;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{Notify, watch};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info, warn};
+
+use crate::api::{self, Api};
+use crate::cni;
+use crate::config::AgentConfig;
+use crate::metrics::Metrics;
+use crate::observe::Observer;
+use crate::planner::{self, Planner};
+use crate::reconcile::netlink::Netlink;
+use crate::reconcile::policy::events::{self, DenyLog};
+use crate::reconcile::policy::{Engine, PolicyReconciler};
+use crate::reconcile::{
+    Reconciler, Stage, addresses::AddressReconciler, links::LinkReconciler, masquerade::MasqueradeReconciler,
+    neighbours::NeighbourReconciler, routes::RouteReconciler, rules::RuleReconciler,
+    sysctls::SysctlReconciler, wireguard::WireguardReconciler,
+};
+use crate::runner::Runner;
+use crate::source::directory::DirectorySource;
+use crate::state::StateDir;
+use crate::status::Board;
+use crate::store::Store;
+use crate::wireguard::{KeyRing, UserspaceDatapaths};
+use crate::{kernel_events, notify};
+
+/// Name of what the node knows of itself, as a source.
+const LOCAL: &str = "local";
+/// Name of the manifest directory, as a source.
+const DIRECTORY: &str = "directory";
+/// For CNI requests under way when the agent is told to stop.
+const FINISH_WITHIN: Duration = Duration::from_secs(10);
+
+/// The reconcilers of the kernel's and the datapath's state; policy's comes beside them.
+pub fn reconcilers(netlink: &Netlink, state: &StateDir, keys: KeyRing) -> Vec<Box<dyn Reconciler>> {
+    let datapaths = Box::new(UserspaceDatapaths::new(SOCKET_DIR));
+    vec![
+        Box::new(SysctlReconciler::new("/proc/sys", state.sysctls())),
+        Box::new(LinkReconciler::new(netlink.clone())),
+        Box::new(AddressReconciler::new(netlink.clone())),
+        Box::new(NeighbourReconciler::new(netlink.clone())),
+        Box::new(WireguardReconciler::new(datapaths, keys)),
+        Box::new(RouteReconciler::new(netlink.clone())),
+        Box::new(RuleReconciler::new(netlink.clone())),
+        Box::new(MasqueradeReconciler::new()),
+    ]
+}
+
+/// Runs until SIGTERM or SIGINT. Everything the agent made stays in place: the next one takes it over.
+pub async fn run(config: AgentConfig) -> Result<()> {
+    let stop = CancellationToken::new();
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let state = StateDir::take(&config.state_dir)?;
+    let key = keyfile::load_or_create(&state.key(), &mut rand::rng())?;
+    let incumbents = Incumbents::load(&state.incumbents())?;
+    info!(
+        node = config.node_name,
+        public_key = %key.public(),
+        manifests = %config.manifests.display(),
+        state = %config.state_dir.display(),
+        version = env!("CARGO_PKG_VERSION"),
+        "mesh-agent starts"
+    );
+
+    api::prepare_run_dir(&config.run_dir)?;
+    let store = Store::new(&[DIRECTORY, LOCAL, cni::SOURCE]);
+    tell_of_self(&store, &config, &key, incumbents);
+    let netlink = Netlink::connect().context("rtnetlink")?;
+    let mut reconcilers = reconcilers(&netlink, &state, KeyRing::new([key]));
+    let mut rows: Vec<_> = reconcilers.iter().map(|one| (one.stage(), one.name())).collect();
+    rows.push((Stage::Policy, "policy"));
+    rows.sort();
+    let board = Board::new(&rows.iter().map(|(_, name)| *name).collect::<Vec<_>>());
+    let engine = Engine::open(Path::new(defaults::BPF_DIR));
+    reconcilers.push(Box::new(PolicyReconciler::new(engine.clone(), board.clone())));
+    let cni_server =
+        cni::Server::open(state.root(), store.clone(), board.clone(), engine.clone(), netlink.clone()).await;
+    let denied = DenyLog::default();
+
+    let (plans, to_runner) = watch::channel(Arc::default());
+    let (announcements, to_announcer) = watch::channel(None);
+    let wake = Arc::new(Notify::new());
+    let observer = Observer::new(netlink, Box::<UserspaceDatapaths>::default(), board.clone(), store.clone());
+    let source = DirectorySource::new(&config.manifests, &config.node_name, store.clone())
+        .with_context(|| format!("cannot watch {}", config.manifests.display()))?;
+    let planner = Planner {
+        store: store.clone(),
+        board: board.clone(),
+        plans,
+        announcements,
+        incumbents: state.incumbents(),
+    };
+    let runner = Runner::new(reconcilers, board.clone());
+    let cni_socket = cni::serve::bind(&config.run_dir.join(defaults::CNI_SOCKET), 0o600)?;
+    let metrics = Arc::new(Metrics { engine: Some(engine.clone()), cni: Some(cni_server.clone()) });
+    let api = Api { board: board.clone(), store, denied: denied.clone(), metrics };
+
+    let mut tasks = Tasks::default();
+    tasks.spawn("kernel event listener", kernel_events::follow(wake.clone()).context("rtnetlink events")?);
+    tasks.spawn("directory source", source.run());
+    tasks.spawn("observer", observer.run(wake.clone()));
+    tasks.spawn("planner", planner.run());
+    tasks.spawn("announcer", planner::announce(config.manifests.clone(), to_announcer, board.clone()));
+    tasks.spawn("runner", runner.run(to_runner, wake));
+    tasks.spawn("CNI server", cni::serve::serve(cni_server, cni_socket, stop.clone()));
+    tasks.spawn("API server", serve_api(api, config.clone(), stop.clone()));
+    // Without deny events everything else still works: its end is not the daemon's.
+    tokio::spawn(events::follow(engine, denied, stop.clone()));
+    tokio::spawn(tell_readiness(board));
+
+    let ended = tokio::select! {
+        _ = terminate.recv() => None,
+        _ = interrupt.recv() => None,
+        name = tasks.first_to_end() => Some(name),
+    };
+    let _ = notify::notify("STOPPING=1");
+    stop.cancel();
+    // A pod half made is finished first.
+    if tokio::time::timeout(FINISH_WITHIN, tasks.end_of("CNI server")).await.is_err() {
+        warn!("a CNI request was not finished in time");
+    }
+    match ended {
+        None => {
+            info!("mesh-agent stops; everything it made stays in place");
+            Ok(())
+        }
+        // None of them ends by itself. systemd starts anew, and what is in place stays until then.
+        Some(name) => bail!("the {name} ended unexpectedly"),
+    }
+}
+
+fn tell_of_self(store: &Store, config: &AgentConfig, key: &PrivateKey, incumbents: Incumbents) {
+    store.update_local(|local| {
+        local.node_name = config.node_name.clone();
+        local.public_key = Some(key.public());
+        local.incumbents = incumbents;
+        local.pod_cidrs = config.pod_cidrs.clone();
+        local.endpoints = config.endpoints.clone();
+    });
+    store.source_synced(LOCAL, 1);
+}
+
+/// Tells systemd once every reconciler has seen a plan made of everything the sources have.
+async fn tell_readiness(board: Board) {
+    let mut observed = board.subscribe();
+    let ready = observed
+        .wait_for(|seen| seen.snapshot.synced && seen.reconcilers.iter().all(|row| row.state != "pending"));
+    if ready.await.is_ok()
+        && let Err(error) = notify::notify("READY=1")
+    {
+        warn!("cannot notify systemd: {error}");
+    }
+}
+
+async fn serve_api(api: Api, config: AgentConfig, stop: CancellationToken) {
+    if let Err(problem) = api::serve(api, &config.run_dir, &config.metrics_address.to_string(), stop).await {
+        error!("API: {problem}");
+    }
+}
+
+/// Tasks that run as long as the daemon does, by name.
+#[derive(Default)]
+struct Tasks(JoinSet<&'static str>);
+
+impl Tasks {
+    fn spawn(&mut self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
+        self.0.spawn(async move {
+            // A panic in it must end the daemon by name, not vanish with the task.
+            match tokio::spawn(task).await {
+                Ok(()) => name,
+                Err(error) => {
+                    warn!("{name}: {error}");
+                    name
+                }
+            }
+        });
+    }
+
+    /// Waits for the task of this name to end.
+    async fn end_of(&mut self, wanted: &str) {
+        while let Some(ended) = self.0.join_next().await {
+            if ended.is_ok_and(|name| name == wanted) {
+                return;
+            }
+        }
+    }
+
+    async fn first_to_end(&mut self) -> &'static str {
+        match self.0.join_next().await {
+            Some(Ok(name)) => name,
+            _ => "task",
+        }
+    }
+}
