@@ -85,8 +85,13 @@ impl Default for Counters {
 impl Counters {
     /// Counts one.
     pub fn count(&self, reason: Drop) {
+        self.add(reason, 1);
+    }
+
+    /// Counts several.
+    pub fn add(&self, reason: Drop, packets: u64) {
         if let Some(counter) = self.0.get(reason as usize) {
-            counter.fetch_add(1, Ordering::Relaxed);
+            counter.fetch_add(packets, Ordering::Relaxed);
         }
     }
 

@@ -12,13 +12,13 @@ use mesh_uapi::Op;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use crate::batch::{Batch, Outbox};
+use crate::batch::{Batch, Outbox, Run};
 use crate::configure::{self, Refusal, SocketChange};
 use crate::counters::Drop;
 use crate::device::Device;
 use crate::peer::Now;
 use crate::tun::Tun;
-use crate::udp::Sockets;
+use crate::udp::{self, Sockets};
 
 /// Packets handled before what they caused is sent.
 const BATCH: usize = 64;
@@ -175,10 +175,12 @@ impl Engine {
             let now = now();
             for socket in sockets.all() {
                 for _ in 0..BATCH {
-                    match socket.recv_from(&mut buffer) {
-                        Ok((length, from)) => {
-                            let datagram = buffer.get(..length).unwrap_or_default();
-                            self.device.handle_datagram(now, from, datagram, &mut out);
+                    match udp::receive(socket, &mut buffer) {
+                        Ok((from, length, segment)) => {
+                            let datagrams = buffer.get(..length).unwrap_or_default();
+                            for datagram in (Run { bytes: datagrams, segment, to: &from }).packets() {
+                                self.device.handle_datagram(now, from, datagram, &mut out);
+                            }
                         }
                         Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
                         // An error that ICMP left on the socket: reported once, and of no use here.
@@ -227,10 +229,10 @@ impl Engine {
             return;
         }
         let sockets = self.sockets();
-        for (datagram, to) in batch.iter() {
-            if let Err(e) = sockets.send(datagram, to) {
-                tracing::debug!("send to {to}: {e}");
-                self.device.drops.count(Drop::SendFailed);
+        for run in batch.runs() {
+            if let Err((failed, e)) = sockets.send(&run) {
+                tracing::debug!("send to {}: {e}", run.to);
+                self.device.drops.add(Drop::SendFailed, failed);
             }
         }
     }

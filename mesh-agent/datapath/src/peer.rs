@@ -181,7 +181,6 @@ impl State {
             out.commit(length, to);
             self.sent(now, length);
         }
-        self.has_session = tunn_has_session(self.tunn.as_ref());
         self.rekey_if_old(now, out);
     }
 
