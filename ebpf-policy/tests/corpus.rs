@@ -1,6 +1,6 @@
 //! Replays the fuzz target's corpus, and writes it anew from the packet builder when asked to (MARGAY_WRITE_CORPUS=1).
 
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
+#![allow(clippy::unwrap_used, unreachable_pub, reason = "tests")]
 
 mod common;
 

@@ -405,7 +405,7 @@ mod pod {
 
     macro_rules! pod {
         ($($type:ty),* $(,)?) => {
-            // SAFETY: repr(C) structs of integers without padding (see the test below); any bytes are a valid value.
+            // SAFETY: repr(C) structs of integers without padding (see ebpf-policy/tests/layout.rs); any bytes are a valid value.
             $(unsafe impl aya::Pod for $type {})*
         };
     }
@@ -423,42 +423,4 @@ mod pod {
         Count,
         Event
     );
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use core::mem::size_of;
-
-    #[test]
-    fn no_key_or_value_has_padding() {
-        assert_eq!(size_of::<Endpoint>(), 4 * 8 + 2 * 4);
-        assert_eq!(size_of::<Address>(), 8 + 2 * 4);
-        assert_eq!(size_of::<TableKey>(), 12);
-        assert_eq!(size_of::<Decision>(), 16);
-        assert_eq!(size_of::<ConnKey>(), 44);
-        assert_eq!(size_of::<Connection>(), 24);
-        assert_eq!(size_of::<FragmentKey>(), 44);
-        assert_eq!(size_of::<CounterKey>(), 8);
-        assert_eq!(size_of::<Event>(), 80);
-    }
-
-    #[test]
-    fn addresses_keep_their_bytes() {
-        assert_eq!(Addr::v4([10, 1, 2, 3]).octets(), [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 10, 1, 2, 3]);
-        assert!(Addr::v4([169, 254, 1, 1]).is_link_local());
-        assert!(!Addr::v4([10, 0, 0, 1]).is_link_local());
-        let mut link_local = [0; 16];
-        link_local[0] = 0xfe;
-        link_local[1] = 0x80;
-        assert!(Addr::v6(link_local).is_link_local());
-    }
-
-    #[test]
-    fn reasons_round_trip() {
-        for reason in Reason::ALL {
-            assert_eq!(Reason::from_u8(*reason as u8), Some(*reason));
-        }
-        assert_eq!(Reason::from_u8(255), None);
-    }
 }

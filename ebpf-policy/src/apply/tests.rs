@@ -16,7 +16,7 @@ use margay_bpf::verdict::Policy as _;
 
 use super::*;
 use crate::maps::Store;
-use crate::model::{ClusterView, Direction, LocalEndpoint, NetworkPolicy, Ranges};
+use crate::model::{ClusterView, Direction, LocalEndpoint, Ranges};
 use crate::reference::Flow;
 
 #[path = "../../tests/common/cluster.rs"]
