@@ -30,14 +30,20 @@ pub(crate) struct State {
     pub(crate) sets: Mirror<SetKey, TableId>,
     pub(crate) tables: Mirror<TablePrefix, Decision>,
     pub(crate) ranges: Mirror<Prefix, u32>,
+    /// Something may have changed since the revision last moved on: true at first, since an earlier agent may have died between
+    /// the two.
+    pub(crate) unsettled: bool,
 }
 
 impl State {
     /// Makes the maps hold what was compiled. After a failure every endpoint is closed rather than left with half a policy.
     pub(crate) fn apply(&mut self, wanted: &Compiled) -> Result<ApplyReport, Error> {
-        self.switch(wanted).map_err(|error| match self.close(wanted) {
-            Ok(closed) => Error::Closed { closed, source: Box::new(error) },
-            Err(worse) => worse,
+        self.switch(wanted).map_err(|error| {
+            self.unsettled = true;
+            match self.close(wanted) {
+                Ok(closed) => Error::Closed { closed, source: Box::new(error) },
+                Err(worse) => worse,
+            }
         })
     }
 
@@ -53,8 +59,9 @@ impl State {
         report.removed += self.ranges.sweep(&wanted.ranges)?;
         report.written += self.endpoints.write(&wanted.endpoints)?;
         report.removed += self.endpoints.sweep(&wanted.endpoints)?;
-        if report != ApplyReport::default() {
+        if self.unsettled || report != ApplyReport::default() {
             self.advance()?;
+            self.unsettled = false;
         }
         report.removed += self.sets.sweep(&wanted.sets)?;
         report.removed += self.tables.sweep(&wanted.tables)?;

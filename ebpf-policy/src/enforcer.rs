@@ -325,6 +325,7 @@ fn open_state(ebpf: &mut Ebpf) -> Result<State, Error> {
         sets: Mirror::open("SETS", take::<HashMap<_, _, _>>(ebpf, "SETS")?)?,
         tables: Mirror::open("TABLES", take::<LpmTrie<_, TableKey, Decision>>(ebpf, "TABLES")?)?,
         ranges: Mirror::open("RANGES", take::<LpmTrie<_, Addr, _>>(ebpf, "RANGES")?)?,
+        unsettled: true,
     })
 }
 

@@ -31,6 +31,8 @@ struct World {
     revision: u32,
     operations: usize,
     fails_at: Option<usize>,
+    /// From here on every operation fails: the agent is dead.
+    dies_at: Option<usize>,
     /// Judged after every operation: never allowed unless one of `legal` allows it.
     flows: Vec<(u32, Flow)>,
     legal: Vec<Compiled>,
@@ -41,7 +43,8 @@ struct World {
 impl World {
     fn operation(&mut self, change: impl FnOnce(&mut Self)) -> Result<(), MapError> {
         self.operations += 1;
-        if self.fails_at == Some(self.operations) {
+        let dead = self.dies_at.is_some_and(|at| self.operations >= at);
+        if dead || self.fails_at == Some(self.operations) {
             let io_error = io::Error::from_raw_os_error(libc::ENOMEM);
             return Err(SyscallError { call: "bpf_map_update_elem", io_error }.into());
         }
@@ -108,6 +111,7 @@ fn state(world: &Arc<Mutex<World>>) -> State {
         sets: mirror!(sets),
         tables: mirror!(tables),
         ranges: mirror!(ranges),
+        unsettled: true,
     }
 }
 
@@ -180,6 +184,31 @@ proptest! {
         let operations = world.lock().unwrap().operations;
         prop_assert_eq!(state.apply(&new).unwrap(), ApplyReport::default());
         prop_assert_eq!(world.lock().unwrap().operations, operations);
+    }
+
+    #[test]
+    fn an_agent_that_dies_halfway_leaves_nothing_open_and_its_successor_finishes(
+        (old, new) in change(),
+        flows in flows(),
+        at in 1usize..40,
+    ) {
+        let world = Arc::new(Mutex::new(World::default()));
+        let mut first = state(&world);
+        first.apply(&old).unwrap();
+        let revision = {
+            let mut world = world.lock().unwrap();
+            world.legal = vec![old.clone(), mixed(&old, &new), mixed(&new, &old), new.clone()];
+            world.flows = flows;
+            world.dies_at = Some(world.operations + at);
+            world.revision
+        };
+        let _ = first.apply(&new);
+        drop(first);
+        world.lock().unwrap().dies_at = None;
+        state(&world).apply(&new).unwrap();
+        let world = world.lock().unwrap();
+        prop_assert!(same_maps(&world, &new));
+        prop_assert!(world.revision > revision, "connections are never judged under the new policy");
     }
 
     #[test]
