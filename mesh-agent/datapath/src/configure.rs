@@ -145,7 +145,7 @@ impl Tables {
         state.stop();
         if let Some(identity) = &self.identity {
             let index = self.indices.insert(peer.clone(), rng).ok_or(Refusal::TooManyPeers(peer.key))?;
-            state.restart(&identity.secret, &peer.key, index, now);
+            state.restart(&identity.secret, &peer.key, identity.no_limit.clone(), index, now);
         }
         Ok(())
     }

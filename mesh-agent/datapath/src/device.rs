@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGua
 use std::time::Instant;
 
 use boringtun::noise::handshake::parse_handshake_anon;
+use boringtun::noise::rate_limiter::RateLimiter;
 use boringtun::noise::{Packet, Tunn};
 use boringtun::x25519;
 use ipnet::IpNet;
@@ -19,7 +20,8 @@ use crate::counters::{Counters, Drop};
 use crate::gate::{COOKIE_REPLY, Gate, Verdict};
 use crate::index::{IndexTable, PeerIndex};
 use crate::ip_packet::IpPacket;
-use crate::peer::{Now, OVERHEAD, Peer, Sources};
+use crate::peer::{Now, OVERHEAD, Peer};
+use crate::receive::Sources;
 
 /// MTU of a new tunnel: 1500 less IPv6 (40), UDP (8) and WireGuard (32).
 pub const DEFAULT_MTU: usize = 1420;
@@ -52,6 +54,8 @@ pub(crate) struct Identity {
     pub(crate) key: PrivateKey,
     pub(crate) secret: x25519::StaticSecret,
     pub(crate) public: x25519::PublicKey,
+    /// For every tunnel: the gate has checked mac1 and the limits, so this one is never under load.
+    pub(crate) no_limit: Arc<RateLimiter>,
     gate: Mutex<Gate>,
 }
 
@@ -60,7 +64,8 @@ impl Identity {
         let secret = x25519::StaticSecret::from(*key.expose());
         let public = x25519::PublicKey::from(&secret);
         let gate = Mutex::new(Gate::new(&public, now));
-        Self { key, secret, public, gate }
+        let no_limit = Arc::new(RateLimiter::new(&public, u64::MAX));
+        Self { key, secret, public, no_limit, gate }
     }
 }
 

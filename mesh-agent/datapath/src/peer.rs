@@ -5,16 +5,15 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Instant, SystemTime};
 
-use boringtun::noise::errors::WireGuardError;
 use boringtun::noise::rate_limiter::RateLimiter;
 use boringtun::noise::{Tunn, TunnResult};
 use boringtun::x25519;
 use keyservice::{PresharedKey, PublicKey};
 
-use crate::batch::{Batch, Outbox};
+use crate::batch::Batch;
 use crate::counters::{Counters, Drop};
 use crate::index::PeerIndex;
-use crate::ip_packet::{IpPacket, padded_length};
+use crate::ip_packet::padded_length;
 use crate::timers::Timers;
 
 /// Packets that wait for a handshake; the oldest goes when one more comes (as in the kernel's WireGuard).
@@ -25,9 +24,6 @@ pub const OVERHEAD: usize = 32;
 pub const INITIATION: usize = 148;
 /// Most bytes sealed into one datagram: UDP over IPv4 carries 65,507.
 pub const MAX_PLAINTEXT: usize = 65_507 - OVERHEAD;
-/// Counters from here on are refused (REJECT_AFTER_MESSAGES, WireGuard paper 6.2). boringtun adds to them
-/// unchecked.
-pub const REJECT_AFTER_MESSAGES: u64 = u64::MAX - (1 << 13);
 
 /// A peer of the device.
 pub struct Peer {
@@ -50,16 +46,10 @@ pub struct State {
     /// Whether `tunn` can seal; kept here because asking it reads the clock.
     pub(crate) has_session: bool,
     /// The receiver index of a session the peer began, until its first packet proves that it is live.
-    unconfirmed: Option<u32>,
+    pub(crate) unconfirmed: Option<u32>,
     pub(crate) last_handshake: Option<SystemTime>,
     pub(crate) rx_bytes: u64,
     pub(crate) tx_bytes: u64,
-}
-
-/// Who sent a packet, asked for each inner source.
-pub trait Sources {
-    /// Whether the longest prefix that holds the source is this peer's.
-    fn belongs_to(&self, peer: &Peer, packet: &IpPacket) -> bool;
 }
 
 /// The time of one step, in both clocks.
@@ -102,14 +92,13 @@ impl State {
         &mut self,
         secret: &x25519::StaticSecret,
         peer: &PublicKey,
+        limiter: Arc<RateLimiter>,
         index: PeerIndex,
         now: Instant,
     ) {
         let preshared = self.preshared_key.as_ref().map(|key| *key.expose());
         let public = x25519::PublicKey::from(*peer.as_bytes());
-        // The gate has checked mac1 and the limits already: this limiter must never be under load.
-        let no_limit = Arc::new(RateLimiter::new(&x25519::PublicKey::from(secret), u64::MAX));
-        self.tunn = Some(Tunn::new(secret.clone(), public, preshared, None, index.get(), Some(no_limit)));
+        self.tunn = Some(Tunn::new(secret.clone(), public, preshared, None, index.get(), Some(limiter)));
         self.index = Some(index);
         self.forget_session();
         self.timers.restart(now);
@@ -226,126 +215,9 @@ impl State {
             self.initiate(now, out);
         }
     }
-
-    /// Handles a handshake message or cookie reply that is for this peer.
-    pub(crate) fn receive_handshake(
-        &mut self,
-        now: Now,
-        from: SocketAddr,
-        message: &[u8],
-        mtu: usize,
-        out: &mut Batch<SocketAddr>,
-    ) -> Result<(), Drop> {
-        let tunn = self.tunn.as_mut().ok_or(Drop::NoKey)?;
-        match (tunn.decapsulate(None, message, out.space(INITIATION)), message.first()) {
-            (TunnResult::WriteToNetwork(reply), Some(1)) => {
-                // Our sender index: what the peer will address this session by.
-                self.unconfirmed = reply.get(4..8).and_then(|b| b.try_into().ok()).map(u32::from_le_bytes);
-                let length = reply.len();
-                // Answered where it came from. The endpoint moves with the first packet of the session: an
-                // initiation can be replayed to a core that was just restarted, a packet in reply cannot.
-                out.commit(length, from);
-                self.endpoint.get_or_insert(from);
-                self.received(now, message.len());
-                self.sent(now, length);
-            }
-            (TunnResult::WriteToNetwork(keepalive), _) => {
-                let length = keepalive.len();
-                out.commit(length, from);
-                self.endpoint = Some(from);
-                self.received(now, message.len());
-                self.session_began(now, true);
-                self.sent(now, length);
-            }
-            // A cookie reply: nothing shows where the peer is, so the endpoint stays.
-            (TunnResult::Done, _) => {}
-            (TunnResult::Err(error), _) => return Err(reason(&error)),
-            (TunnResult::WriteToTunnelV4(..) | TunnResult::WriteToTunnelV6(..), _) => {}
-        }
-        self.send_staged(now, mtu, out);
-        Ok(())
-    }
-
-    /// Handles a data message for this peer: checks, moves the endpoint, and passes the packet on.
-    pub(crate) fn receive_data(
-        &mut self,
-        now: Now,
-        from: SocketAddr,
-        message: &[u8],
-        mtu: usize,
-        judge: (&Peer, &impl Sources),
-        out: &mut Outbox,
-    ) -> Result<(), Drop> {
-        let tunn = self.tunn.as_mut().ok_or(Drop::NoKey)?;
-        let word =
-            |at: usize| message.get(at..at + 8).and_then(|b| b.try_into().ok()).map(u64::from_le_bytes);
-        if word(8).is_none_or(|counter| counter >= REJECT_AFTER_MESSAGES) {
-            return Err(Drop::CounterExhausted);
-        }
-        let receiver_index = (word(0).unwrap_or_default() >> 32) as u32;
-        let opened = match tunn.decapsulate(None, message, out.tun.space(message.len())) {
-            TunnResult::WriteToTunnelV4(packet, _) | TunnResult::WriteToTunnelV6(packet, _) => {
-                Ok(Some(packet))
-            }
-            TunnResult::Done => Ok(None),
-            // The length was right, so this comes from after the authentication.
-            TunnResult::Err(WireGuardError::InvalidPacket) => Err(Drop::BadInner),
-            TunnResult::Err(error) => return Err(reason(&error)),
-            TunnResult::WriteToNetwork(_) => return Err(Drop::Unexpected),
-        };
-        let result = match opened {
-            Ok(Some(packet)) => match IpPacket::parse(packet) {
-                Some(parsed) if judge.1.belongs_to(judge.0, &parsed) => {
-                    out.tun.commit(parsed.length, ());
-                    Ok(())
-                }
-                Some(_) => Err(Drop::SpoofedSource),
-                None => Err(Drop::BadInner),
-            },
-            Ok(None) => Ok(()),
-            Err(drop) => Err(drop),
-        };
-        self.endpoint = Some(from);
-        self.received(now, message.len());
-        if self.unconfirmed == Some(receiver_index) {
-            self.session_began(now, false);
-        }
-        if !self.has_session {
-            self.has_session = tunn_has_session(self.tunn.as_ref());
-        }
-        self.rekey_if_old(now, &mut out.network);
-        self.send_staged(now, mtu, &mut out.network);
-        result
-    }
-
-    fn received(&mut self, now: Now, length: usize) {
-        self.rx_bytes = self.rx_bytes.saturating_add(length as u64);
-        self.timers.any_traffic(now.instant);
-    }
-
-    fn session_began(&mut self, now: Now, initiator: bool) {
-        self.unconfirmed = None;
-        self.last_handshake = Some(now.wall);
-        self.has_session = tunn_has_session(self.tunn.as_ref());
-        self.timers.session_began(now.instant, initiator);
-    }
 }
 
 /// Whether the core's current session exists.
 pub(crate) fn tunn_has_session(tunn: Option<&Tunn>) -> bool {
     tunn.is_some_and(|tunn| tunn.time_since_last_handshake().is_some())
-}
-
-fn reason(error: &WireGuardError) -> Drop {
-    match error {
-        WireGuardError::InvalidCounter | WireGuardError::DuplicateCounter => Drop::Replayed,
-        WireGuardError::InvalidMac => Drop::BadMac,
-        WireGuardError::InvalidAeadTag => Drop::BadAuth,
-        WireGuardError::WrongTai64nTimestamp | WireGuardError::InvalidTai64nTimestamp => Drop::StaleHandshake,
-        WireGuardError::WrongKey => Drop::UnknownPeer,
-        WireGuardError::NoCurrentSession | WireGuardError::WrongIndex => Drop::UnknownIndex,
-        WireGuardError::UnderLoad => Drop::RateLimited,
-        WireGuardError::UnexpectedPacket => Drop::Unexpected,
-        _ => Drop::UnknownType,
-    }
 }

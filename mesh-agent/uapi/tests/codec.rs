@@ -204,6 +204,12 @@ fn a_refused_request_is_skipped_and_the_next_one_answered() {
 }
 
 #[test]
+fn a_request_without_end_is_refused_at_its_limit() {
+    let text = "fwmark=1\n".repeat(codec::MAX_LINES + 1);
+    refused(&format!("set=1\n{text}\n"), "more than 1048576 lines");
+}
+
+#[test]
 fn a_request_cut_off_anywhere_changes_nothing() {
     let text = format!("set=1\nlisten_port=1\npublic_key={KEY}\nallowed_ip=10.0.0.0/8\n\n");
     for end in 1..text.len() {
