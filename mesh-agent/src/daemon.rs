@@ -87,7 +87,9 @@ pub async fn run(config: AgentConfig) -> Result<()> {
     api::prepare_run_dir(&config.run_dir)?;
     let store = Store::new(&[DIRECTORY, LOCAL, cni::SOURCE]);
     tell_of_self(&store, &config, &key, incumbents);
-    let netlink = Netlink::connect().context("rtnetlink")?;
+    // A socket for each of those that dump at the same time: one socket has one dump.
+    let connect = || Netlink::connect().context("rtnetlink");
+    let netlink = connect()?;
     let mut reconcilers = reconcilers(&netlink, &state, KeyRing::new([key]));
     let mut rows: Vec<_> = reconcilers.iter().map(|one| (one.stage(), one.name())).collect();
     rows.push((Stage::Policy, "policy"));
@@ -96,13 +98,14 @@ pub async fn run(config: AgentConfig) -> Result<()> {
     let engine = Engine::open(Path::new(defaults::BPF_DIR));
     reconcilers.push(Box::new(PolicyReconciler::new(engine.clone(), board.clone())));
     let cni_server =
-        cni::Server::open(state.root(), store.clone(), board.clone(), engine.clone(), netlink.clone()).await;
+        cni::Server::open(state.root(), store.clone(), board.clone(), engine.clone(), connect()?).await;
     let denied = DenyLog::default();
 
     let (plans, to_runner) = watch::channel(Arc::default());
     let (announcements, to_announcer) = watch::channel(None);
     let wake = Arc::new(Notify::new());
-    let observer = Observer::new(netlink, Box::<UserspaceDatapaths>::default(), board.clone(), store.clone());
+    let observer =
+        Observer::new(connect()?, Box::<UserspaceDatapaths>::default(), board.clone(), store.clone());
     let source = DirectorySource::new(&config.manifests, &config.node_name, store.clone())
         .with_context(|| format!("cannot watch {}", config.manifests.display()))?;
     let planner = Planner {

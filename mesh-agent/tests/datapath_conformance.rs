@@ -1,0 +1,193 @@
+//! One suite for every implementation of `Datapath`: what holds for the device in memory, which the
+//! reconciler's tests trust, holds for mesh-datapath over its socket.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::{Child, Command};
+
+use common::{eventually, in_namespaces, run};
+use ipnet::IpNet;
+use keyservice::{PresharedKey, PrivateKey, PublicKey};
+use mesh_agent::desired::{Desired, WireguardDevice, WireguardPeer};
+use mesh_agent::reconcile::Reconciler as _;
+use mesh_agent::reconcile::wireguard::WireguardReconciler;
+use mesh_agent::wireguard::{
+    Datapath, DatapathError, Datapaths, KeyRing, MemoryDatapath, UserspaceDatapath, UserspaceDatapaths,
+};
+use mesh_uapi::{Op, PeerUpdate};
+
+const SOCKET: &str = "/var/run/wireguard/margay0.sock";
+
+/// A mesh-datapath in the test's namespaces; ends with it.
+struct Process(Child);
+
+impl Process {
+    async fn start() -> Self {
+        // The socket's directory is the machine's: have one of our own.
+        let run_dir = std::fs::canonicalize("/var/run").unwrap();
+        run(&format!("mount -t tmpfs margay-test {}", run_dir.display()));
+        let mut process = Self::spawn();
+        process.answers().await;
+        process
+    }
+
+    fn spawn() -> Self {
+        let beside = std::env::current_exe().unwrap();
+        let program: PathBuf = beside.parent().unwrap().parent().unwrap().join("mesh-datapath");
+        assert!(program.is_file(), "{} is not built: cargo build --release", program.display());
+        let child = Command::new(program).args(["--foreground", "--persist", "margay0"]).spawn().unwrap();
+        Self(child)
+    }
+
+    async fn answers(&mut self) {
+        eventually("mesh-datapath answers", async || UserspaceDatapath::new(SOCKET).read().await.is_ok())
+            .await;
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn own() -> PrivateKey {
+    PrivateKey::from_bytes(&[7; 32])
+}
+
+fn key(n: u8) -> PublicKey {
+    PrivateKey::from_bytes(&[n; 32]).public()
+}
+
+fn nets(texts: &[&str]) -> BTreeSet<IpNet> {
+    texts.iter().map(|text| text.parse().unwrap()).collect()
+}
+
+fn add(prefixes: &[&str]) -> PeerUpdate {
+    PeerUpdate { add_allowed_ips: nets(prefixes), ..PeerUpdate::default() }
+}
+
+async fn conformance(datapath: &dyn Datapath) {
+    let read = async || datapath.read().await.unwrap();
+    let apply = async |ops: Vec<Op>| datapath.apply(ops).await.unwrap();
+    let fresh = read().await;
+    assert!(fresh.public_key.is_none() && fresh.peers.is_empty());
+
+    // Key, port.
+    apply(vec![Op::SetPrivateKey(own()), Op::SetListenPort(51999)]).await;
+    let device = read().await;
+    assert_eq!((device.public_key, device.listen_port), (Some(own().public()), 51999));
+
+    // A peer appears with everything that was said of it.
+    let endpoint: SocketAddr = "127.0.0.1:9".parse().unwrap();
+    let update = PeerUpdate {
+        endpoint: Some(endpoint),
+        persistent_keepalive: Some(25),
+        preshared_key: Some(PresharedKey::from_bytes([1; 32])),
+        ..add(&["10.1.0.0/24", "10.9.0.0/24", "fd00:1::/64"])
+    };
+    apply(vec![Op::SetPeer(key(1), update), Op::SetPeer(key(2), add(&["10.2.0.0/24"]))]).await;
+    let peer = read().await.peers[&key(1)].clone();
+    assert_eq!((peer.endpoint, peer.persistent_keepalive), (Some(endpoint), 25));
+    assert_eq!(peer.allowed_ips, nets(&["10.1.0.0/24", "10.9.0.0/24", "fd00:1::/64"]));
+    assert!(peer.has_preshared_key && peer.last_handshake.is_none());
+
+    // What is not said stays; an all-zero preshared key is none.
+    let none = PresharedKey::from_bytes([0; 32]);
+    apply(vec![Op::SetPeer(key(1), PeerUpdate { preshared_key: Some(none), ..PeerUpdate::default() })]).await;
+    let after = read().await.peers[&key(1)].clone();
+    assert_eq!((after.has_preshared_key, after.endpoint), (false, Some(endpoint)));
+    assert_eq!((after.persistent_keepalive, &after.allowed_ips), (25, &peer.allowed_ips));
+
+    // A prefix moves by one operation on its new owner, and single ones can be taken away.
+    apply(vec![Op::SetPeer(key(2), add(&["10.9.0.0/24"]))]).await;
+    let device = read().await;
+    assert_eq!(device.peers[&key(1)].allowed_ips, nets(&["10.1.0.0/24", "fd00:1::/64"]));
+    assert_eq!(device.peers[&key(2)].allowed_ips, nets(&["10.2.0.0/24", "10.9.0.0/24"]));
+    let removal = PeerUpdate { remove_allowed_ips: nets(&["fd00:1::/64"]), ..PeerUpdate::default() };
+    apply(vec![Op::SetPeer(key(1), removal)]).await;
+    assert_eq!(read().await.peers[&key(1)].allowed_ips, nets(&["10.1.0.0/24"]));
+
+    // An update of a peer that is not there makes none, nor does our own key.
+    let update = PeerUpdate { update_only: true, ..add(&["10.3.0.0/24"]) };
+    apply(vec![Op::SetPeer(key(3), update), Op::SetPeer(own().public(), add(&["10.4.0.0/24"]))]).await;
+    assert_eq!(read().await.peers.len(), 2);
+
+    // And all of it goes again.
+    apply(vec![Op::RemovePeer(key(1)), Op::RemovePeer(key(1)), Op::RemovePeer(key(2)), Op::ClearPrivateKey])
+        .await;
+    let device = read().await;
+    assert!(device.public_key.is_none() && device.peers.is_empty());
+}
+
+fn wish() -> Desired {
+    let peer = |n: u8| WireguardPeer {
+        name: format!("node-{n}"),
+        endpoint: format!("127.0.0.1:{}", 9000 + u16::from(n)).parse().ok(),
+        allowed_ips: nets(&[&format!("10.{n}.0.0/24"), &format!("fd00:{n}::/64")]),
+        persistent_keepalive: 0,
+    };
+    let device = WireguardDevice {
+        public_key: own().public(),
+        listen_port: 51998,
+        fwmark: 0,
+        peers: (1..=3).map(|n| (key(n), peer(n))).collect(),
+    };
+    Desired { prune: true, wireguard: [("margay0".to_owned(), device)].into(), ..Desired::default() }
+}
+
+fn agent() -> WireguardReconciler {
+    WireguardReconciler::new(Box::<UserspaceDatapaths>::default(), KeyRing::new([own()]))
+}
+
+#[tokio::test]
+async fn the_device_in_memory_conforms() {
+    conformance(&MemoryDatapath::default()).await;
+}
+
+#[test]
+fn mesh_datapath_conforms() {
+    in_namespaces(async || {
+        let _process = Process::start().await;
+        let datapath = UserspaceDatapath::new(SOCKET);
+        conformance(&datapath).await;
+        assert!(datapath.stats().await.unwrap().is_some());
+        assert_eq!(UserspaceDatapaths::default().names(), ["margay0"]);
+    });
+}
+
+#[test]
+fn a_new_agent_takes_a_running_datapath_over_without_an_operation() {
+    in_namespaces(async || {
+        let _process = Process::start().await;
+        let first = agent().reconcile(&wish()).await.unwrap();
+        assert!(first.operations > 0 && first.errors.is_empty(), "{first:?}");
+        let second = agent().reconcile(&wish()).await.unwrap();
+        assert!(second.operations == 0 && second.errors.is_empty(), "{second:?}");
+    });
+}
+
+#[test]
+fn a_datapath_that_was_killed_gets_everything_again() {
+    in_namespaces(async || {
+        let process = Process::start().await;
+        let mut agent = agent();
+        agent.reconcile(&wish()).await.unwrap();
+        drop(process);
+        let error = UserspaceDatapath::new(SOCKET).read().await.unwrap_err();
+        assert!(matches!(error, DatapathError::Absent(_)), "{error}");
+        let report = agent.reconcile(&wish()).await.unwrap();
+        assert!(report.errors[0].to_string().contains("is mesh-datapath@margay0 running?"), "{report:?}");
+        let mut process = Process::spawn();
+        process.answers().await;
+        assert!(agent.reconcile(&wish()).await.unwrap().errors.is_empty());
+        let device = UserspaceDatapath::new(SOCKET).read().await.unwrap();
+        assert_eq!(device.peers.len(), 3);
+        assert!(device.peers.values().all(|peer| peer.endpoint.is_some() && peer.allowed_ips.len() == 2));
+    });
+}
