@@ -3,7 +3,8 @@
 //! Taken away is what bears our mark: routes by protocol number and table, rules by priority and protocol
 //! number, addresses of our devices, peers and keys of the WireGuard devices, the nftables table, BPF
 //! programs and pins, changed sysctls, sockets, the announcement. Pods' interfaces go only when asked, since
-//! their pods may still run; the device itself is mesh-datapath's.
+//! their pods may still run. A tunnel device is mesh-datapath's while that runs; the persistent one that a
+//! stopped datapath left is taken away.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -57,8 +58,9 @@ pub async fn cleanup(
         Err(error) => errors.push(error),
     };
     if options.pods {
-        record(remove_veths(netlink).await);
+        record(remove_links(netlink, own::is_veth).await);
     }
+    record(remove_links(netlink, |name| own::is_device(name) && !is_attended(name)).await);
     record(remove_pins(Path::new(defaults::BPF_DIR)));
     record(withdraw(&config.manifests, &config.node_name));
     for socket in [defaults::CNI_SOCKET, defaults::CONTROL_SOCKET, defaults::STATUS_SOCKET] {
@@ -71,14 +73,20 @@ pub async fn cleanup(
     (operations, errors)
 }
 
-async fn remove_veths(netlink: &Netlink) -> Result<u64, ReconcileError> {
+async fn remove_links(netlink: &Netlink, chosen: impl Fn(&str) -> bool) -> Result<u64, ReconcileError> {
     let mut removed = 0;
-    for (name, link) in netlink.links().await?.iter().filter(|(name, _)| own::is_veth(name)) {
+    for (name, link) in netlink.links().await?.iter().filter(|(name, _)| chosen(name)) {
         let request = netlink.handle().link().del(link.index);
         settle(request.execute().await, &[libc::ENODEV], format_args!("link {name}"))?;
         removed += 1;
     }
     Ok(removed)
+}
+
+/// Whether a datapath answers for the device.
+fn is_attended(device: &str) -> bool {
+    let socket = Path::new(defaults::UAPI_DIR).join(format!("{device}.sock"));
+    std::os::unix::net::UnixStream::connect(socket).is_ok()
 }
 
 fn remove_pins(directory: &Path) -> Result<u64, ReconcileError> {
