@@ -42,7 +42,8 @@ pub struct Api {
 impl Api {
     /// `status.sock`: reads.
     pub fn reads(&self) -> Router {
-        self.routes().route("/v1/sync", post(|| async { refuse(StatusCode::FORBIDDEN, "only on control.sock") }))
+        self.routes()
+            .route("/v1/sync", post(|| async { refuse(StatusCode::FORBIDDEN, "only on control.sock") }))
             .with_state(self.clone())
     }
 

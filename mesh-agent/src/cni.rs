@@ -24,7 +24,7 @@ use mesh_api::cni::{Attachment, Command, Reply, Request};
 use mesh_api::status::Issue;
 use tokio::sync::Mutex as AsyncMutex;
 
-use crate::ipam::{Ipam, Key, Lease, LiveLink};
+use crate::ipam::{Ipam, Key, Lease, LiveLink, STRAY};
 use crate::reconcile::netlink::Netlink;
 use crate::status::Board;
 use crate::store::Store;
@@ -91,6 +91,18 @@ impl Server {
         gate: Arc<dyn Gate>,
         netlink: Netlink,
     ) -> Arc<Self> {
+        Self::open_within(state_dir, store, board, gate, netlink, ENFORCED_WITHIN).await
+    }
+
+    /// The same with another time for a generation to be enforced; after it an ADD is undone.
+    pub async fn open_within(
+        state_dir: &Path,
+        store: Store,
+        board: Board,
+        gate: Arc<dyn Gate>,
+        netlink: Netlink,
+        enforced_within: Duration,
+    ) -> Arc<Self> {
         let opened = Self::open_ipam(state_dir, &netlink).await;
         let ipam = match opened {
             Ok((ipam, links, issues)) => {
@@ -107,12 +119,15 @@ impl Server {
             }
             Err(message) => {
                 tracing::error!("no CNI ADD is possible: {message}");
-                board.set_issues(REPORTER, vec![Issue {
-                    object: format!("file {}", state_dir.join(crate::ipam::journal::FILE).display()),
-                    field: String::new(),
-                    reason: "IpamUnavailable".to_owned(),
-                    message: message.clone(),
-                }]);
+                board.set_issues(
+                    REPORTER,
+                    vec![Issue {
+                        object: format!("file {}", state_dir.join(crate::ipam::journal::FILE).display()),
+                        field: String::new(),
+                        reason: "IpamUnavailable".to_owned(),
+                        message: message.clone(),
+                    }],
+                );
                 Err(message)
             }
         };
@@ -124,7 +139,7 @@ impl Server {
             state_dir: state_dir.to_owned(),
             ipam: AsyncMutex::new(ipam),
             busy: Mutex::new(BTreeSet::new()),
-            enforced_within: ENFORCED_WITHIN,
+            enforced_within,
         })
     }
 
@@ -147,7 +162,8 @@ impl Server {
             Command::Gc => self.gc(&request).await.map(|()| None),
             Command::Status => self.status().await.map(|()| None),
         };
-        let (container, pod) = (&request.container_id, format!("{}/{}", request.pod_namespace, request.pod_name));
+        let (container, pod) =
+            (&request.container_id, format!("{}/{}", request.pod_namespace, request.pod_name));
         match done {
             Ok(result) => {
                 let addresses = result.as_ref().map(|attachment: &Attachment| &attachment.addresses);
@@ -157,7 +173,13 @@ impl Server {
                 Reply::Done { result }
             }
             Err(refusal) => {
-                tracing::warn!(?command, container, pod, code = refusal.code, "CNI request failed: {refusal}");
+                tracing::warn!(
+                    ?command,
+                    container,
+                    pod,
+                    code = refusal.code,
+                    "CNI request failed: {refusal}"
+                );
                 refusal.into_reply()
             }
         }
@@ -219,6 +241,7 @@ impl Server {
                 veth::delete(&self.netlink, stray).await?;
             }
             ipam.set_live(&veth::own(&self.netlink).await?);
+            self.forget_stray_issues(ipam);
             let ours = ipam.leases().filter(|lease| lease.network == request.network);
             ours.map(Lease::key).filter(|key| !valid.contains(key)).collect()
         };
@@ -234,6 +257,14 @@ impl Server {
             }
         }
         if failures.is_empty() { Ok(()) } else { Err(Refusal::io(failures.join("; "))) }
+    }
+
+    /// Interfaces that nobody knew are no issue once they are gone.
+    fn forget_stray_issues(&self, ipam: &Ipam) {
+        let mut issues = self.board.observed().issues.remove(REPORTER).unwrap_or_default();
+        let strays: BTreeSet<String> = ipam.strays().map(|name| format!("interface {name}")).collect();
+        issues.retain(|issue| issue.reason != STRAY || strays.contains(&issue.object));
+        self.board.set_issues(REPORTER, issues);
     }
 
     /// Whether an ADD would work now.

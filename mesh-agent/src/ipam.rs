@@ -26,6 +26,9 @@ use allocator::Allocator;
 use journal::{Journal, JournalError, Record};
 pub use lease::{Ask, Key, Lease, LiveLink, alias, alias_addresses, host_interface, pod_mac};
 
+/// Reason of the issue for an interface without a lease.
+pub const STRAY: &str = "IpamStrayInterface";
+
 /// What the cluster says about addresses at the moment of an ADD.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Ranges {
@@ -61,7 +64,9 @@ pub enum IpamError {
     #[error("ips: more than one address of a family: {0} and {1}")]
     TwoOfFamily(IpAddr, IpAddr),
     /// An interface of ours holds addresses that nobody remembers.
-    #[error("interface {0} is ours, but neither the journal nor its alias says its addresses; delete it to go on")]
+    #[error(
+        "interface {0} is ours, but neither the journal nor its alias says its addresses; delete it to go on"
+    )]
     UnknownInterface(String),
     /// The hash that names interfaces gave the same name twice.
     #[error("interface name {0} is taken by container {1}")]
@@ -124,7 +129,7 @@ impl Ipam {
             issues.push(Issue {
                 object: format!("interface {name}"),
                 field: String::new(),
-                reason: "IpamStrayInterface".to_owned(),
+                reason: STRAY.to_owned(),
                 message: format!("a pod's interface that the IPAM journal does not know: {known}"),
             });
         }
@@ -217,8 +222,9 @@ impl Ipam {
     /// One address of each family the node has a range of, from the first range with one left.
     fn any(&self, ranges: &Ranges) -> Result<Vec<IpAddr>, IpamError> {
         let strays: BTreeSet<IpAddr> = self.stray_addresses().collect();
-        let blocked =
-            |ip: IpAddr| ranges.reserved.contains(&ip) || ranges.taken.contains_key(&ip) || strays.contains(&ip);
+        let blocked = |ip: IpAddr| {
+            ranges.reserved.contains(&ip) || ranges.taken.contains_key(&ip) || strays.contains(&ip)
+        };
         let mut ips = Vec::new();
         for ipv6 in [false, true] {
             let cidrs: Vec<&IpNet> =
@@ -236,7 +242,8 @@ impl Ipam {
             if let Some(other) = ips.iter().find(|other| other.is_ipv4() == ip.is_ipv4()) {
                 return Err(IpamError::TwoOfFamily(*other, *ip));
             }
-            let mut pools = ranges.pools.iter().chain(&ranges.cidrs).filter(|pool| pool.contains(ip)).peekable();
+            let mut pools =
+                ranges.pools.iter().chain(&ranges.cidrs).filter(|pool| pool.contains(ip)).peekable();
             if pools.peek().is_none() {
                 return Err(IpamError::NotInPool(*ip));
             }

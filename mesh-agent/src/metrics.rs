@@ -258,7 +258,7 @@ mod tests {
         let text = text(&Observed::default(), &counted).unwrap();
         for line in [
             "margay_policy_packets_total{endpoint=\"default/web\",ifindex=\"4\",direction=\"ingress\",verdict=\"denied\",reason=\"default_deny\"} 3",
-            "margay_policy_events_lost_total 2",
+            "margay_policy_events_lost_total{} 2",
             "margay_ipam_addresses{state=\"free\"} 248",
         ] {
             assert!(text.lines().any(|found| found == line), "{line}\n{text}");

@@ -2,7 +2,6 @@
 //! outcome, and the pure step from there to the [`Status`] that the sockets tell.
 
 mod peer;
-pub mod poll;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

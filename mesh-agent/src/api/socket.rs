@@ -47,11 +47,11 @@ fn give_to_group(path: &Path) -> io::Result<()> {
 /// Serves `control.sock` and `status.sock` in `run_dir` and TCP on `metrics` until cancelled. The sockets
 /// are needed; a TCP address that cannot be bound is an issue.
 pub async fn serve(api: Api, run_dir: &Path, metrics: &str, cancel: CancellationToken) -> io::Result<()> {
+    let tcp = bind_tcp(metrics, &api.board).await;
     let control = RootOnly(bind(&run_dir.join(defaults::CONTROL_SOCKET), 0o600)?);
     let status_path = run_dir.join(defaults::STATUS_SOCKET);
     let status = bind(&status_path, 0o660)?;
     give_to_group(&status_path)?;
-    let tcp = bind_tcp(metrics, &api.board).await;
     let ended = || cancel.clone().cancelled_owned();
     let control = axum::serve(control, api.control()).with_graceful_shutdown(ended());
     let status = axum::serve(status, api.reads()).with_graceful_shutdown(ended());

@@ -150,8 +150,7 @@ pub(super) async fn check(netlink: Netlink, pod: PodEnd) -> Result<(), Reconcile
 }
 
 fn is_address(message: &AddressMessage, ip: IpAddr) -> bool {
-    message.header.prefix_len == host_bits(ip)
-        && message.attributes.iter().any(|attribute| *attribute == AddressAttribute::Address(ip))
+    message.header.prefix_len == host_bits(ip) && message.attributes.contains(&AddressAttribute::Address(ip))
 }
 
 async fn require(netlink: &Netlink, name: &str) -> Result<u32, ReconcileError> {

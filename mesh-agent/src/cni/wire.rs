@@ -87,3 +87,47 @@ pub(super) async fn answer(stream: &mut UnixStream, reply: &Reply) -> io::Result
     };
     tokio::time::timeout(PATIENCE, write).await.unwrap_or_else(|late| Err(late.into()))
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const REQUEST: &[u8] = br#"{"command":"ADD","containerId":"c1","ifname":"eth0","netns":"/run/netns/c1",
+        "network":"margay","podNamespace":"default","podName":"web","podUid":"u","ips":["10.1.1.2","fd00::2"],
+        "validAttachments":[["c1","eth0"]]}"#;
+
+    #[test]
+    fn an_unknown_field_and_a_missing_one_are_named() {
+        let error = |line: &[u8]| decode(line).unwrap_err().to_string();
+        assert!(error(br#"{"command":"ADD","network":"n","speed":9}"#).contains("unknown field `speed`"));
+        assert!(error(br#"{"command":"ADD"}"#).contains("missing field `network`"));
+        assert!(error(br#"{"command":"NAP","network":"n"}"#).contains("unknown variant `NAP`"));
+        assert!(error(br#"{"command":"ADD","network":"n","ips":["10.1.1.300"]}"#).contains("IP address"));
+    }
+
+    proptest! {
+        #[test]
+        fn any_line_is_a_request_or_an_error_with_a_number(line in prop::collection::vec(any::<u8>(), 0..200)) {
+            if let Err(refusal) = decode(&line) {
+                prop_assert_eq!(refusal.code, 6);
+            }
+        }
+
+        #[test]
+        fn a_damaged_request_is_understood_the_same_way_twice(
+            at in any::<prop::sample::Index>(), byte in any::<u8>(), cut in any::<prop::sample::Index>()
+        ) {
+            let mut line = REQUEST.to_vec();
+            let at = at.index(line.len());
+            line[at] = byte;
+            line.truncate(cut.index(line.len() * 4).min(line.len()));
+            if let Ok(request) = decode(&line) {
+                let again = decode(&serde_json::to_vec(&request).unwrap());
+                prop_assert_eq!(again, Ok(request));
+            }
+        }
+    }
+}

@@ -226,8 +226,11 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     prop::collection::vec(step, 1..12)
 }
 
+/// Length of the journal and the leases at one moment.
+type Moment = (usize, BTreeMap<Key, Lease>);
+
 /// Runs the steps; returns the journal's bytes and the leases after each number of them.
-fn run(directory: &tempfile::TempDir, steps: &[Step]) -> (Vec<u8>, Vec<(usize, BTreeMap<Key, Lease>)>) {
+fn run(directory: &tempfile::TempDir, steps: &[Step]) -> (Vec<u8>, Vec<Moment>) {
     let (mut ipam, _) = Ipam::open(directory.path(), &[]).unwrap();
     let length = || std::fs::metadata(file(directory)).unwrap().len() as usize;
     let mut history = vec![(0, BTreeMap::new()), (length(), BTreeMap::new())];

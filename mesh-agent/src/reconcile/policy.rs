@@ -104,7 +104,9 @@ fn open(pin_dir: &Path) -> Result<Enforcer, String> {
     let options = Options::new(pin_dir);
     let opened = match Enforcer::open(&options) {
         Err(error @ Error::Incompatible { .. }) => {
-            tracing::warn!("an earlier agent's policy maps cannot be adopted, so pods are closed for a moment: {error}");
+            tracing::warn!(
+                "an earlier agent's policy maps cannot be adopted, so pods are closed for a moment: {error}"
+            );
             Enforcer::open(&Options { replace_incompatible: true, ..options })
         }
         other => other,
@@ -179,14 +181,18 @@ impl PolicyReconciler {
                 Wanting::Pod(name) => enforcer.attach_pod(name),
                 Wanting::Tunnel(name) => enforcer.attach_tunnel(name),
             };
-            report.record(outcome.map_err(|error| {
-                ReconcileError::new(format!("link {}", interface.name()), chain(&error))
-            }));
+            report.record(
+                outcome.map_err(|error| {
+                    ReconcileError::new(format!("link {}", interface.name()), chain(&error))
+                }),
+            );
         }
         if desired.prune {
             for device in superfluous(&desired.policy, &attached) {
                 let detached = enforcer.detach(device);
-                report.record(detached.map_err(|error| ReconcileError::new(format!("link {device}"), chain(&error))));
+                report.record(
+                    detached.map_err(|error| ReconcileError::new(format!("link {device}"), chain(&error))),
+                );
             }
         }
         match enforcer.apply(&compiled) {
