@@ -9,8 +9,9 @@ use crate::wire::frame::{ether_type, ip_packet};
 pub enum Class {
     /// UDP from and to a port of the mesh.
     Mesh,
-    /// ARP, IPv6 neighbour discovery, or the membership report for a solicited-node group, which is part of
-    /// neighbour discovery (RFC 4861 section 7.2.1).
+    /// ARP, IPv6 neighbour discovery, or the kernel's membership report for a group that it makes a node join for
+    /// that: solicited-node groups (RFC 4861 section 7.2.1) and, once it forwards, all-routers (RFC 4291 section
+    /// 2.8). The reports hold group addresses and nothing else.
     Neighbour,
     /// Anything else, described.
     Stranger(String),
@@ -57,10 +58,15 @@ fn ipv6(frame: &[u8], ports: &[u16]) -> Option<Class> {
     }
 }
 
-/// An MLD report (RFC 2710, RFC 3810) that names solicited-node groups only.
+/// An MLD report (RFC 2710, RFC 3810) that names solicited-node and all-routers groups only.
 fn membership(icmp: &[u8]) -> bool {
     let solicited = |group: Option<&[u8]>| {
-        group.is_some_and(|group| group.starts_with(&[0xff, 0x02, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0xff]))
+        let Some(group) = group.and_then(|group| <[u8; 16]>::try_from(group).ok()) else { return false };
+        let group = Ipv6Addr::from(group).segments();
+        matches!(
+            group,
+            [0xff02, 0, 0, 0, 0, 1, 0xff00..=0xffff, _] | [0xff01 | 0xff02 | 0xff05, 0, 0, 0, 0, 0, 0, 2]
+        )
     };
     match icmp.first() {
         Some(131 | 132) => solicited(icmp.get(8..24)),
@@ -143,7 +149,9 @@ mod tests {
         group[..2].copy_from_slice(&[0xff, 0x02]);
         group[11..13].copy_from_slice(&[1, 0xff]);
         assert_eq!(classify(&report(group), &[]), Class::Neighbour);
-        group[12] = 0;
+        group[11..].copy_from_slice(&[0, 0, 0, 0, 2]);
+        assert_eq!(classify(&report(group), &[]), Class::Neighbour);
+        group[15] = 0xfb; // mDNS
         assert!(matches!(classify(&report(group), &[]), Class::Stranger(_)));
     }
 
