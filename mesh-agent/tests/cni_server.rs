@@ -24,6 +24,7 @@ use mesh_agent::plan::plan;
 use mesh_agent::reconcile::links::LinkReconciler;
 use mesh_agent::reconcile::neighbours::NeighbourReconciler;
 use mesh_agent::reconcile::netlink::Netlink;
+use mesh_agent::reconcile::policy::events::{self, DenyLog};
 use mesh_agent::reconcile::policy::{Engine, PolicyReconciler};
 use mesh_agent::reconcile::routes::RouteReconciler;
 use mesh_agent::reconcile::rules::RuleReconciler;
@@ -32,6 +33,7 @@ use mesh_agent::snapshot::{Cluster, MeshSpec, Node, ObjectRef, Pod};
 use mesh_agent::status::Board;
 use mesh_agent::store::Store;
 use mesh_api::cni::{Attachment, Command, Reply, Request};
+use mesh_api::status::DenyEvent;
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use tokio_util::sync::CancellationToken;
@@ -532,7 +534,10 @@ fn a_pod_starts_closed_and_opens_when_its_object_arrives() {
         let mut reconcilers: Vec<Box<dyn Reconciler>> =
             vec![Box::new(PolicyReconciler::new(Arc::clone(&engine), board.clone()))];
         reconcilers.extend(kernel());
-        let world = World::new(engine, reconcilers, board.clone()).await;
+        let denied = DenyLog::default();
+        let ended = CancellationToken::new();
+        let telling = tokio::spawn(events::follow(Arc::clone(&engine), denied.clone(), ended.clone()));
+        let world = World::new(Arc::clone(&engine) as Arc<dyn Gate>, reconcilers, board.clone()).await;
         run("sysctl -qw net.ipv4.ip_forward=1");
         let (web, db) = (pod_namespace(), pod_namespace());
         world.add("c1", "web", &web).await;
@@ -540,6 +545,16 @@ fn a_pod_starts_closed_and_opens_when_its_object_arrives() {
         assert_eq!(board.observed().endpoint_policy[&interface("c1")], "closed");
         let ping = "ping -c 1 -W 1 10.1.1.3";
         assert!(!gets_through(&web, ping), "no object, no packet");
+        let told = |event: &DenyEvent| {
+            let ends = (event.src.to_string(), event.dst.to_string());
+            ends == ("10.1.1.2".to_owned(), "10.1.1.3".to_owned()) && event.reason == "Closed"
+        };
+        common::eventually("the denied ping is told", async || denied.list().iter().any(told)).await;
+        let counters = engine.counters().unwrap();
+        assert!(
+            counters.iter().any(|of| !of.allowed && of.reason == "closed" && of.packets > 0),
+            "{counters:?}"
+        );
 
         let pods: [(&str, &[&str]); 2] =
             [("web", &["10.1.1.2", "fd00:1::2"]), ("db", &["10.1.1.3", "fd00:1::3"])];
@@ -551,6 +566,9 @@ fn a_pod_starts_closed_and_opens_when_its_object_arrives() {
         world.del("c1").await;
         world.del("c2").await;
         world.stop().await;
+        ended.cancel();
+        telling.await.unwrap();
+        drop(engine);
         Engine::cleanup(&directory.path().join("margay")).unwrap();
         run(&format!("umount {}", directory.path().display()));
     });
