@@ -159,13 +159,7 @@ fn ask(request: &Request) -> Result<Ask, Refusal> {
             "CNI_CONTAINERID: only letters, digits, `_`, `.`, `-`, at most 256",
         ));
     }
-    if !is_dns_label(&request.pod_namespace) || !is_dns_subdomain(&request.pod_name) {
-        return Err(Refusal::environment(format!(
-            "CNI_ARGS: K8S_POD_NAMESPACE={:?} and K8S_POD_NAME={:?} must name a pod: policy goes by it",
-            request.pod_namespace, request.pod_name
-        )));
-    }
-    let pod = ObjectRef { namespace: request.pod_namespace.clone(), name: request.pod_name.clone() };
+    let pod = pod(request)?;
     Ok(Ask {
         network: request.network.clone(),
         container_id: request.container_id.clone(),
@@ -175,6 +169,21 @@ fn ask(request: &Request) -> Result<Ask, Refusal> {
         pod_uid: request.pod_uid.clone(),
         ips: request.ips.clone(),
     })
+}
+
+/// Whom policy takes the interface for. A runtime that names no pod gets an interface that stays closed: no
+/// Pod object can ever be the one behind it.
+fn pod(request: &Request) -> Result<ObjectRef, Refusal> {
+    let (namespace, name) = (&request.pod_namespace, &request.pod_name);
+    if namespace.is_empty() && name.is_empty() {
+        return Ok(ObjectRef { namespace: String::new(), name: request.container_id.clone() });
+    }
+    if !is_dns_label(namespace) || !is_dns_subdomain(name) {
+        return Err(Refusal::environment(format!(
+            "CNI_ARGS: K8S_POD_NAMESPACE={namespace:?} and K8S_POD_NAME={name:?} must name a pod: policy goes by it",
+        )));
+    }
+    Ok(ObjectRef { namespace: namespace.clone(), name: name.clone() })
 }
 
 fn pod_end(lease: &Lease) -> netns::PodEnd {
@@ -194,4 +203,31 @@ fn attachment(lease: &Lease, mtu: u32) -> Attachment {
 
 fn mac(bytes: &[u8; 6]) -> String {
     bytes.map(|byte| format!("{byte:02x}")).join(":")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_interface_of_no_pod_can_never_pass_for_one() {
+        let request = |namespace: &str, name: &str| Request {
+            command: mesh_api::cni::Command::Add,
+            container_id: "c1".to_owned(),
+            ifname: "eth0".to_owned(),
+            netns: String::new(),
+            network: "margay".to_owned(),
+            pod_namespace: namespace.to_owned(),
+            pod_name: name.to_owned(),
+            pod_uid: String::new(),
+            ips: Vec::new(),
+            valid_attachments: Vec::new(),
+        };
+        // No object has an empty namespace, so none can open it.
+        assert_eq!(pod(&request("", "")).unwrap().to_string(), "/c1");
+        assert_eq!(pod(&request("x", "a")).unwrap().to_string(), "x/a");
+        for (namespace, name) in [("", "a"), ("x", ""), ("x/y", "a"), ("x", "../a")] {
+            assert!(pod(&request(namespace, name)).is_err(), "{namespace:?} {name:?}");
+        }
+    }
 }
