@@ -106,7 +106,7 @@ impl State {
             let Some(now) = stamp(&source.join(&file)) else { continue };
             for (to, target) in connected.iter().filter(|(to, _)| to != from) {
                 let way = (from.clone(), to.clone());
-                if self.delivered.get(&way) == Some(&now) {
+                if self.delivered.get(&way) == Some(&now) && target.join(&file).exists() {
                     continue;
                 }
                 // A host that dies under the copy gets it when it is back.

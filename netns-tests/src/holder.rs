@@ -88,14 +88,15 @@ struct Unit {
 /// `mesh-lab holder NAME`, with the control socket as standard input.
 pub fn main(name: &str) -> Result<()> {
     let control = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned().context("control socket")?);
-    unshare(
-        CloneFlags::CLONE_NEWNET
-            | CloneFlags::CLONE_NEWNS
-            | CloneFlags::CLONE_NEWUTS
-            | CloneFlags::CLONE_NEWIPC
-            | CloneFlags::CLONE_NEWPID,
-    )
-    .context("make namespaces (root is needed)")?;
+    let kinds = CloneFlags::CLONE_NEWNET
+        | CloneFlags::CLONE_NEWNS
+        | CloneFlags::CLONE_NEWUTS
+        | CloneFlags::CLONE_NEWIPC
+        | CloneFlags::CLONE_NEWPID;
+    if let Err(error) = unshare(kinds) {
+        say(&control, &Reply::Failed(format!("make namespaces (root is needed): {error}")))?;
+        bail!(error);
+    }
     // SAFETY: no thread has been started in this process.
     match unsafe { fork() }.context("fork")? {
         ForkResult::Parent { child } => {

@@ -42,6 +42,7 @@ impl Host {
             .env(MARK, &bins.run)
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .stdout(Stdio::null())
+            .stderr(Stdio::null()) // What is wrong comes as a reply.
             .process_group(0) // Ctrl-C is for the lab, which then ends the hosts.
             .spawn()
             .with_context(|| format!("start {}", bins.lab.display()))?;

@@ -23,7 +23,7 @@ use crate::netns::Netns;
 use classify::{Class, classify};
 
 /// How many frames of a kind are kept as examples.
-const EXAMPLES: usize = 5;
+const EXAMPLES: usize = 200;
 
 /// What a capture has seen.
 #[derive(Debug, Clone, Default)]
@@ -108,17 +108,17 @@ impl Drop for Capture {
 }
 
 impl Seen {
+    fn first(&self) -> String {
+        self.examples.iter().take(5).cloned().collect::<Vec<_>>().join("\n  ")
+    }
+
     /// Nothing strange and no canary.
     pub fn check(&self) -> Result<()> {
         if self.strangers > 0 {
-            bail!(
-                "{} frames on the wire are not the mesh's:\n  {}",
-                self.strangers,
-                self.examples.join("\n  ")
-            );
+            bail!("{} frames on the wire are not the mesh's:\n  {}", self.strangers, self.first());
         }
         if let Some((canary, count)) = self.canaries.iter().next() {
-            bail!("{count} frames on the wire hold {canary:?} in clear:\n  {}", self.examples.join("\n  "));
+            bail!("{count} frames on the wire hold {canary:?} in clear:\n  {}", self.first());
         }
         Ok(())
     }

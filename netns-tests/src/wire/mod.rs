@@ -28,6 +28,8 @@ pub struct Wire {
     host: Host,
     ports: BTreeMap<String, usize>,
     next: usize,
+    /// The far end of each port: a host's (or router's) namespace and interface.
+    ends: BTreeMap<String, (Netns, String)>,
     links: Arc<Mutex<Links>>,
     relay: Option<Relay>,
 }
@@ -44,7 +46,8 @@ impl Wire {
         host.netns().ip(&lines.map(String::from))?;
         let clean = links.is_clean();
         let links = Arc::new(Mutex::new(links));
-        let mut wire = Self { host, ports: BTreeMap::new(), next: 0, links, relay: None };
+        let mut wire =
+            Self { host, ports: BTreeMap::new(), next: 0, ends: BTreeMap::new(), links, relay: None };
         if !clean {
             wire.engage()?;
         }
@@ -75,6 +78,10 @@ impl Wire {
         });
         let mac = mac(index);
         let pid = netns.pid();
+        if self.ends.insert(name.to_string(), (netns.netns().clone(), interface.to_string())).is_some() {
+            // The kernel takes a dead host's cable away in its own time.
+            self.netns().command("ip").args(["link", "del", &format!("port{index}")]).output().ok();
+        }
         self.netns().ip(&[format!(
             "link add port{index} type veth peer name {interface} address {mac} netns {pid}"
         )])?;
@@ -138,8 +145,9 @@ impl Wire {
         }
         let relay = Relay::start(Arc::clone(&self.links))?;
         for (name, index) in &self.ports {
-            // The far end sends unfinished checksums and super-packets as long as veth says it may.
-            relay::finish_port(self.netns(), &format!("port{index}"))?;
+            if let Some((netns, interface)) = self.ends.get(name) {
+                relay::finish_packets(netns, interface)?;
+            }
             self.netns().ip(&[format!("link set port{index} nomaster")])?;
             relay.plug(self.host.netns(), *index, name)?;
         }

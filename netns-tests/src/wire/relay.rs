@@ -251,11 +251,6 @@ pub fn finish_packets(netns: &Netns, interface: &str) -> Result<()> {
     netns.run(|| ethtool_off(interface))?.with_context(|| format!("turn off offloads of {interface}"))
 }
 
-/// The same for the host behind a port that is already plugged in: its features follow those of its peer.
-pub fn finish_port(wire: &Netns, port: &str) -> Result<()> {
-    finish_packets(wire, port)
-}
-
 fn ethtool_off(interface: &str) -> Result<()> {
     // linux/ethtool.h: ETHTOOL_STXCSUM, ETHTOOL_STSO, ETHTOOL_SGSO.
     for command in [0x17u32, 0x1f, 0x24] {
