@@ -9,13 +9,14 @@ use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
 use mesh_api::defaults;
-use serde::Deserialize;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 
 use crate::names;
 use crate::source::manifest;
 
 /// How log lines look on stderr.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum LogFormat {
     /// For people.
@@ -26,7 +27,7 @@ pub enum LogFormat {
 }
 
 /// `/etc/margay/agent.yaml`. Every field may be left out; unknown ones are refused.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct AgentConfig {
     /// Name of this host's Node object; the host's name in lower case unless given.
@@ -43,15 +44,18 @@ pub struct AgentConfig {
     pub run_dir: PathBuf,
     /// Where metrics and health are served.
     #[serde(default = "metrics_address")]
+    #[schemars(with = "String")]
     pub metrics_address: SocketAddr,
     /// How log lines look.
     #[serde(default)]
     pub log_format: LogFormat,
     /// Pod prefixes to announce, at most one a family; believed only where the Node object names none.
     #[serde(default, rename = "podCIDRs")]
+    #[schemars(with = "Vec<String>")]
     pub pod_cidrs: Vec<IpNet>,
     /// Where peers can reach this node, best first; its own addresses and the mesh's port unless given.
     #[serde(default)]
+    #[schemars(with = "Vec<String>")]
     pub endpoints: Vec<SocketAddr>,
 }
 

@@ -94,6 +94,18 @@ pub fn plan(snapshot: &Snapshot) -> Planned {
     Planned { desired, issues, incumbents: members.incumbents, announcement, own: members.own }
 }
 
+/// A node's own address in one of its prefixes: the first after the network's. A prefix of one or two
+/// addresses leaves them to pods.
+pub fn tunnel_address(prefix: &IpNet) -> Option<IpAddr> {
+    if prefix.prefix_len() + 2 > prefix.max_prefix_len() {
+        return None;
+    }
+    Some(match prefix.network() {
+        IpAddr::V4(network) => IpAddr::V4((u32::from(network) + 1).into()),
+        IpAddr::V6(network) => IpAddr::V6((u128::from(network) + 1).into()),
+    })
+}
+
 /// An issue of the plan's own.
 fn issue(object: impl Into<String>, field: &str, reason: &str, message: impl Into<String>) -> Issue {
     Issue { object: object.into(), field: field.into(), reason: reason.into(), message: message.into() }

@@ -7,7 +7,7 @@ use ipnet::IpNet;
 use mesh_api::status::Issue;
 
 use super::members::Members;
-use super::{in_any, issue};
+use super::{in_any, issue, tunnel_address};
 use crate::snapshot::{ObjectRef, Pod, Snapshot};
 
 /// The outcome.
@@ -90,9 +90,7 @@ fn nodes<'a>(snapshot: &'a Snapshot, members: &'a Members) -> BTreeMap<IpAddr, H
     let prefixes = |name: &'a str, prefixes: &'a [IpNet]| prefixes.iter().map(move |prefix| (name, prefix));
     let peers = members.peers.values().flat_map(|peer| prefixes(&peer.name, &peer.pod_cidrs));
     for (name, prefix) in prefixes(own_name, &members.own.pod_cidrs).chain(peers) {
-        // In a prefix of one or two addresses the first may be all a pod can have.
-        let room = prefix.max_prefix_len() - prefix.prefix_len() >= 2;
-        if let Some(first) = prefix.hosts().next().filter(|_| room) {
+        if let Some(first) = tunnel_address(prefix) {
             held.entry(first).or_insert(Holder::Tunnel(name));
         }
     }

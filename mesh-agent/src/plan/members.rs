@@ -6,7 +6,7 @@ use keyservice::admission::{Rules, admit};
 use keyservice::{Admitted, Announcement, Authority, Claim, Incumbents, Refusal};
 use mesh_api::status::Issue;
 
-use super::{Own, issue};
+use super::{Own, issue, tunnel_address};
 use crate::snapshot::{Node, Snapshot};
 
 /// The outcome of admission.
@@ -88,8 +88,7 @@ fn own(admitted: Option<&Admitted>, node: Option<&Node>) -> Own {
     Own {
         pod_cidrs: admitted.pod_cidrs.clone(),
         addresses: internal.iter().filter(|ip| admitted.addresses.contains(ip)).copied().collect(),
-        // The first address after the network's; a prefix too small for one has none.
-        tunnel_addresses: admitted.pod_cidrs.iter().filter_map(|prefix| prefix.hosts().next()).collect(),
+        tunnel_addresses: admitted.pod_cidrs.iter().filter_map(tunnel_address).collect(),
     }
 }
 

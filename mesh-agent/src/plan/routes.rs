@@ -22,9 +22,10 @@ pub(super) fn routes(snapshot: &Snapshot, members: &Members, peers: &Peers) -> B
     let mut out = BTreeSet::new();
     let unreachable =
         |table, dst| Route { table, dst, target: RouteTarget::Unreachable, metric: METRIC_LAST };
-    // Our own prefixes always: an address that no pod has must not travel to the next router and back.
-    out.extend(members.own.pod_cidrs.iter().map(|prefix| unreachable(defaults::TABLE, *prefix)));
-    if mesh.strict_encryption {
+    if !mesh.strict_encryption {
+        // At least what is ours: an address that no pod has must not travel to the next router and back.
+        out.extend(members.own.pod_cidrs.iter().map(|prefix| unreachable(defaults::TABLE, *prefix)));
+    } else {
         out.extend(mesh.pools.iter().map(|pool| unreachable(defaults::TABLE, *pool)));
         let nodes = snapshot.cluster.nodes.iter().filter(|(name, _)| **name != snapshot.local.node_name);
         let elsewhere = nodes.flat_map(|(_, node)| &node.internal_ips).filter(|ip| {

@@ -2,6 +2,7 @@
 //! that every source of objects means the same.
 
 pub mod cidr;
+mod culprit;
 pub mod mesh;
 pub mod meta;
 pub mod namespace;
@@ -192,7 +193,7 @@ fn key(kind: Kind, value: &Value, problems: &mut Problems) -> ObjectKey {
 
 /// Reads the typed object; a field of the wrong type refuses it, a field it does not know is a warning.
 fn typed<T: DeserializeOwned + Serialize>(value: &Value, problems: &mut Problems) -> Option<T> {
-    match serde_path_to_error::deserialize::<_, T>(value) {
+    match T::deserialize(value) {
         Ok(object) => {
             if let Ok(known) = serde_json::to_value(&object) {
                 unknown::compare(value, &known, "", problems);
@@ -200,9 +201,8 @@ fn typed<T: DeserializeOwned + Serialize>(value: &Value, problems: &mut Problems
             Some(object)
         }
         Err(error) => {
-            let field = error.path().to_string();
-            let field = if field == "." { String::new() } else { field };
-            problems.invalid(field, error.inner().to_string());
+            let field = culprit::find(value, &|value| T::deserialize(value).is_ok());
+            problems.invalid(field, error.to_string());
             None
         }
     }

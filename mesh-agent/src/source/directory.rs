@@ -104,13 +104,17 @@ impl DirectorySource {
 
     /// Reads the tree off the runtime's threads and tells the store. `None` when the runtime ends.
     async fn look(self, all: bool) -> Option<Self> {
-        tokio::task::spawn_blocking(move || {
+        let looked = tokio::task::spawn_blocking(move || {
             let mut source = self;
             source.read(all);
             source
-        })
-        .await
-        .ok()
+        });
+        match looked.await {
+            Ok(source) => Some(source),
+            // A bug here must end this task as loudly as it would anywhere else.
+            Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+            Err(_) => None,
+        }
     }
 
     fn read(&mut self, all: bool) {

@@ -138,6 +138,12 @@ impl Manifests {
         match wanted {
             Wanted::Object(kind) => self.objects.push(decode::decode(kind, value)),
             Wanted::Refused(kind, why) => {
+                // Its fields are likely the same, so that more of it can be told.
+                let mut value = value.clone();
+                if let Some(fields) = value.as_object_mut() {
+                    fields.insert("apiVersion".to_owned(), kind.api_version().into());
+                }
+                let value = &value;
                 let mut decoded = decode::decode(kind, value);
                 decoded.problems.refuse("apiVersion", "UnknownVersion", why.clone());
                 if let Some(decode::Object::Policy(policy)) = &mut decoded.object {

@@ -1,8 +1,10 @@
 //! What one file said, and still says after it was broken.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use zeroize::Zeroizing;
 
-use crate::source::decode::Decoded;
+use crate::source::decode::{Decoded, ObjectKey};
 use crate::source::manifest::{self, FileProblem, Manifests};
 
 /// Largest file read, bytes.
@@ -45,17 +47,16 @@ impl FileObjects {
 
     fn merge(before: &Self, now: Manifests) -> Self {
         let Manifests { mut objects, problems } = now;
+        let accepted = before.objects.iter().filter(|old| old.object.is_some());
+        let accepted: BTreeMap<&ObjectKey, &Decoded> = accepted.map(|old| (&old.key, old)).collect();
         for decoded in objects.iter_mut().filter(|decoded| decoded.object.is_none()) {
-            let accepted = before.objects.iter().find(|old| old.key == decoded.key && old.object.is_some());
-            if let Some(accepted) = accepted {
-                decoded.object.clone_from(&accepted.object);
+            if let Some(old) = accepted.get(&decoded.key) {
+                decoded.object.clone_from(&old.object);
             }
         }
         if problems.iter().any(|problem| problem.incomplete) {
-            let lost = before.objects.iter().filter(|old| old.object.is_some());
-            let lost: Vec<_> =
-                lost.filter(|old| objects.iter().all(|new| new.key != old.key)).cloned().collect();
-            objects.extend(lost);
+            let said: BTreeSet<ObjectKey> = objects.iter().map(|new| new.key.clone()).collect();
+            objects.extend(accepted.into_values().filter(|old| !said.contains(&old.key)).cloned());
         }
         Self { objects, problems }
     }
