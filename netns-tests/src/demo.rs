@@ -59,7 +59,7 @@ pub fn run(bins: &Bins, keep: bool) -> Result<()> {
     let count = reach_all(&lab)?;
     say(step(
         start,
-        &format!("every pod reaches every pod: {count} TCP, UDP and ICMP-free probes, IPv4 and IPv6, echoed"),
+        &format!("every pod reaches every pod: {count} probes by TCP and UDP, IPv4 and IPv6, each echoed"),
     ));
     show_status(&lab)?;
     policy(&mut lab, start)?;

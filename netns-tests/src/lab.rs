@@ -158,11 +158,10 @@ impl Lab {
     pub fn settle_node(&self, name: &str, limit: Duration) -> Result<()> {
         let agent = self.agent(name)?;
         let peers = self.spec.nodes.len() - 1;
-        let settled = wait::until(format!("node {name} to settle"), limit, || {
+        wait::until(format!("node {name} to settle"), limit, || {
             let status = agent.status()?;
             let generation = status.generation;
-            let up = status.devices.iter().any(|device| device.name == DEVICE && device.state == "up");
-            if up
+            if status.devices.iter().any(|device| device.name == DEVICE && device.state == "up")
                 && status.peers.len() == peers
                 && generation.snapshot > 0
                 && generation.enforced >= generation.snapshot
@@ -171,8 +170,8 @@ impl Lab {
                 return Ok(Some(()));
             }
             bail!("{}", unsettled(&status))
-        });
-        settled.with_context(|| self.logs(name))
+        })
+        .with_context(|| self.logs(name))
     }
 
     /// Ends of the logs of a node's units, for the reader of an error.

@@ -92,10 +92,13 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// When a frame is due, its place among those due then, its port and its bytes.
+type Flight = (Instant, u64, usize, Vec<u8>);
+
 struct Worker {
     shared: Arc<Shared>,
-    /// Frames on their way: (due, sequence number) → port and frame.
-    queue: BinaryHeap<Reverse<(Instant, u64, usize, Vec<u8>)>>,
+    /// Frames on their way, the next first.
+    queue: BinaryHeap<Reverse<Flight>>,
     sequence: u64,
 }
 
