@@ -2,6 +2,7 @@
 //! in (receive, open, TUN write), and time.
 
 use std::io::{self, PipeReader, PipeWriter, Read as _, Write as _};
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
@@ -16,14 +17,22 @@ use crate::batch::{Batch, Outbox, Run};
 use crate::configure::{self, Refusal, SocketChange};
 use crate::counters::Drop;
 use crate::device::Device;
+use crate::offload::Offload;
+use crate::offload::coalesce::coalesce;
+use crate::offload::split::{SuperPacket, complete_checksum};
+use crate::offload::vnet_header::VnetHeader;
 use crate::peer::Now;
-use crate::tun::Tun;
+use crate::tun::{Large, Tun};
 use crate::udp::{self, Sockets};
 
-/// Packets handled before what they caused is sent.
+/// Reads before what they caused is sent.
 const BATCH: usize = 64;
-/// Any packet or datagram, and room for padding.
-const BUFFER: usize = 65_536 + 16;
+/// Packets that wait to be sent before no more is read: about what one send or write holds.
+const FULL: usize = 64;
+/// Room for padding behind a packet.
+const PADDING: usize = 16;
+/// Any packet with its header, or datagram, and room for padding.
+const BUFFER: usize = VnetHeader::SIZE + 65_536 + PADDING;
 /// How often time passes for the peers.
 const TICK: Duration = Duration::from_millis(250);
 
@@ -66,6 +75,7 @@ pub struct Engine {
     /// The core.
     pub device: Device,
     tun: Tun,
+    offload: Offload,
     sockets: RwLock<Arc<Sockets>>,
     /// Wakes the receiver when the sockets change.
     wake: PipeWriter,
@@ -81,12 +91,12 @@ pub fn now() -> Now {
 
 impl Engine {
     /// A device without a key on `tun` and `sockets`.
-    pub fn new(tun: Tun, sockets: Sockets) -> io::Result<Arc<Self>> {
+    pub fn new(tun: Tun, sockets: Sockets, offload: Offload) -> io::Result<Arc<Self>> {
         let (woken, wake) = io::pipe()?;
         let device = Device::default();
         device.set_mtu(tun.mtu()?);
         let sockets = RwLock::new(Arc::new(sockets));
-        Ok(Arc::new(Self { device, tun, sockets, wake, woken, configuring: Mutex::new(()) }))
+        Ok(Arc::new(Self { device, tun, offload, sockets, wake, woken, configuring: Mutex::new(()) }))
     }
 
     /// The TUN.
@@ -112,7 +122,7 @@ impl Engine {
         let current = self.sockets();
         let fwmark = change.fwmark.unwrap_or(current.fwmark);
         let sockets = match change.port {
-            Some(port) if port != current.port => Sockets::bind(port, fwmark)?,
+            Some(port) if port != current.port => Sockets::bind(port, fwmark, self.offload.udp)?,
             _ if fwmark != current.fwmark => current.with_fwmark(fwmark)?,
             _ => return Ok(()),
         };
@@ -137,7 +147,7 @@ impl Engine {
 
     /// TUN to network.
     fn transmit(&self) -> Exit {
-        let mut buffer = vec![0; BUFFER];
+        let (mut buffer, mut segment) = (vec![0; BUFFER], vec![0; BUFFER]);
         let mut out = Outbox::default();
         loop {
             if let Err(e) = wait(&mut [PollFd::new(self.tun.as_fd(), PollFlags::POLLIN)]) {
@@ -145,17 +155,49 @@ impl Engine {
             }
             let now = now();
             for _ in 0..BATCH {
-                match self.tun.read(buffer.get_mut(..BUFFER - 16).unwrap_or_default()) {
-                    Ok(length) => self.device.handle_packet(now, &mut buffer, length, &mut out),
+                match self.tun.read(buffer.get_mut(..BUFFER - PADDING).unwrap_or_default()) {
+                    Ok((header, Range { start, end })) => {
+                        let packet = buffer.get_mut(start..).unwrap_or_default();
+                        if self.seal(now, &header, (packet, end - start), &mut segment, &mut out).is_none() {
+                            self.device.drops.count(Drop::BadPacket);
+                        }
+                    }
                     Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
                     Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                     // The interface is gone from under the descriptor.
                     Err(e) if e.raw_os_error() == Some(libc::EBADFD) => return Exit::InterfaceDeleted,
                     Err(e) => return Exit::Failed(format!("read from the TUN: {e}")),
                 }
+                if out.network.len() >= FULL {
+                    self.flush(&mut out);
+                }
             }
             self.flush(&mut out);
         }
+    }
+
+    /// Hands the device a packet from the TUN, the first `length` bytes of `buffer`, with its checksum complete;
+    /// a large one piece by piece. `None` if it is not what its header says.
+    fn seal(
+        &self,
+        now: Now,
+        header: &VnetHeader,
+        (buffer, length): (&mut [u8], usize),
+        segment: &mut [u8],
+        out: &mut Outbox,
+    ) -> Option<()> {
+        let packet = buffer.get_mut(..length)?;
+        if !header.is_segmented() {
+            complete_checksum(header, packet)?;
+            self.device.handle_packet(now, buffer, length, out);
+            return Some(());
+        }
+        let large = SuperPacket::parse(header, packet)?;
+        for n in 0..large.count() {
+            let length = large.write(n, segment)?;
+            self.device.handle_packet(now, segment, length, out);
+        }
+        Some(())
     }
 
     /// Network to TUN.
@@ -185,6 +227,9 @@ impl Engine {
                         Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
                         // An error that ICMP left on the socket: reported once, and of no use here.
                         Err(e) => tracing::debug!("receive: {e}"),
+                    }
+                    if out.tun.len() >= FULL {
+                        self.flush(&mut out);
                     }
                 }
             }
@@ -216,12 +261,26 @@ impl Engine {
 
     fn flush(&self, out: &mut Outbox) {
         self.send(&out.network);
-        for (packet, ()) in out.tun.iter() {
-            if self.tun.write(packet).is_err() {
-                self.device.drops.count(Drop::TunWriteFailed);
+        let packets = out.tun.iter().map(|(packet, ())| packet);
+        match self.tun.large() {
+            Large::No => packets.for_each(|packet| self.deliver(packet)),
+            large => {
+                for burst in coalesce(packets, large == Large::TcpAndUdp) {
+                    let joined =
+                        burst.head().is_some_and(|head| self.tun.write_joined(&head, &burst).is_ok());
+                    if !joined {
+                        burst.packets().for_each(|packet| self.deliver(packet));
+                    }
+                }
             }
         }
         out.clear();
+    }
+
+    fn deliver(&self, packet: &[u8]) {
+        if self.tun.write(packet).is_err() {
+            self.device.drops.count(Drop::TunWriteFailed);
+        }
     }
 
     fn send(&self, batch: &Batch<std::net::SocketAddr>) {

@@ -4,7 +4,8 @@
 //! it, `peer` (out), `receive` (in) and `timers` wrap one tunnel of the protocol core (boringtun's `noise::Tunn`)
 //! and add what that leaves to its caller; `gate` and `limiter` guard handshakes, `allowed_ips`, `index` and
 //! `ip_packet` are its tables and parsers, `counters` says what was dropped and why.
-//! `engine` runs a core on real devices: `tun`, `udp`, and `server` for WireGuard's UAPI.
+//! `engine` runs a core on real devices: `tun`, `udp`, and `server` for WireGuard's UAPI. `offload` cuts and joins
+//! the large packets of the TUN.
 //! `process` is daemonising, privileges and readiness.
 
 pub mod allowed_ips;
@@ -17,6 +18,7 @@ pub mod gate;
 pub mod index;
 pub mod ip_packet;
 pub mod limiter;
+pub mod offload;
 pub mod peer;
 pub mod process;
 pub mod receive;

@@ -8,6 +8,7 @@ use std::sync::{Arc, mpsc};
 use anyhow::Context as _;
 use clap::Parser;
 use mesh_datapath::engine::{Engine, Exit};
+use mesh_datapath::offload::{self, Offload};
 use mesh_datapath::process::{daemon, notify, privileges, signals};
 use mesh_datapath::server::{self, Server};
 use mesh_datapath::tun::{self, Tun};
@@ -64,8 +65,9 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
     tun::check_name(name)?;
     let path = mesh_uapi::client::socket_path(name);
     server::claim(&path)?;
-    let tun = Tun::open(name)?;
-    let engine = Engine::new(tun, Sockets::bind(0, 0).context("UDP sockets")?)?;
+    let offload = offloads()?;
+    let tun = Tun::open(name, offload.tun)?;
+    let engine = Engine::new(tun, Sockets::bind(0, 0, offload.udp).context("UDP sockets")?, offload)?;
     match serve(arguments, &path, &engine)? {
         // As after a crash, the interface stays: its packets must not take another road.
         Exit::Failed(why) => anyhow::bail!("{name}: {why}"),
@@ -77,6 +79,15 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
         tracing::debug!("{name}: {e}");
     }
     Ok(())
+}
+
+/// All, unless the environment turns some off.
+fn offloads() -> anyhow::Result<Offload> {
+    let Some(value) = std::env::var_os(offload::VARIABLE) else { return Ok(Offload::ALL) };
+    value
+        .to_str()
+        .and_then(Offload::parse)
+        .with_context(|| format!("{}={}: not on, off, tun or udp", offload::VARIABLE, value.display()))
 }
 
 /// Runs the engine until it ends.

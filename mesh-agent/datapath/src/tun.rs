@@ -2,14 +2,36 @@
 #![allow(unsafe_code)] // ioctl(2) has no safe wrapper for TUN.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read as _, Write as _};
+use std::io::{self, IoSlice, Read as _, Write as _};
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd as _, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt as _;
 
 use crate::device::DEFAULT_MTU;
+use crate::offload::coalesce::{Burst, Head, MAX_PACKETS};
+use crate::offload::vnet_header::VnetHeader;
 
 const TUNSETIFF: libc::Ioctl = 0x4004_54ca;
 const TUNSETPERSIST: libc::Ioctl = 0x4004_54cb;
+const TUNSETOFFLOAD: libc::Ioctl = 0x4004_54d0;
+const TUNSETVNETHDRSZ: libc::Ioctl = 0x4004_54d8;
+
+/// What the kernel may hand over (linux/if_tun.h): checksums to complete, and large packets to cut.
+const TUN_F_CSUM: libc::c_uint = 0x01;
+const TUN_F_TSO: libc::c_uint = 0x02 | 0x04;
+/// UDP; since Linux 6.2.
+const TUN_F_USO: libc::c_uint = 0x20 | 0x40;
+
+/// How many packets at once an attached device takes and gives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Large {
+    /// One; there is no header before it.
+    No,
+    /// TCP, up to 64 KiB.
+    Tcp,
+    /// UDP too.
+    TcpAndUdp,
+}
 
 /// What went wrong with a TUN device.
 #[derive(Debug, thiserror::Error)]
@@ -35,11 +57,12 @@ pub enum TunError {
     },
 }
 
-/// An attached TUN device: reads and writes IP packets without a header, without blocking.
+/// An attached TUN device: reads and writes IP packets, without blocking.
 #[derive(Debug)]
 pub struct Tun {
     name: String,
     file: File,
+    large: Large,
     /// Any socket, for interface ioctls in the namespace where the device was made.
     control: OwnedFd,
 }
@@ -64,8 +87,9 @@ fn request(name: &str) -> libc::ifreq {
 }
 
 impl Tun {
-    /// Attaches to the TUN device `name`, which is made if there is none.
-    pub fn open(name: &str) -> Result<Self, TunError> {
+    /// Attaches to the TUN device `name`, which is made if there is none. With `offload` it tries to pass large
+    /// packets; how a former owner had it does not matter.
+    pub fn open(name: &str, offload: bool) -> Result<Self, TunError> {
         check_name(name)?;
         let call = |call| move |source| TunError::Call { name: name.to_owned(), call, source };
         let control = control_socket().map_err(call("socket"))?;
@@ -76,23 +100,67 @@ impl Tun {
             .custom_flags(libc::O_NONBLOCK)
             .open("/dev/net/tun")
             .map_err(call("open /dev/net/tun"))?;
-        let tun = Self { name: name.to_owned(), file, control };
-        let mut attach = request(name);
-        attach.ifr_ifru.ifru_flags = (libc::IFF_TUN | libc::IFF_NO_PI) as libc::c_short;
-        // SAFETY: the descriptor is open and TUNSETIFF reads and writes one ifreq.
-        let result = unsafe { libc::ioctl(tun.file.as_raw_fd(), TUNSETIFF, &mut attach) };
-        if result < 0 {
-            let source = io::Error::last_os_error();
-            return Err(match source.raw_os_error() {
-                Some(libc::EBUSY) => TunError::Busy(name.to_owned()),
-                Some(libc::EINVAL) => TunError::NotTun(name.to_owned()),
-                _ => call("TUNSETIFF")(source),
-            });
+        let mut tun = Self { name: name.to_owned(), file, large: Large::No, control };
+        let refused = |e: &io::Error| e.raw_os_error() == Some(libc::EINVAL);
+        let mut attached = tun.attach(offload);
+        let header = offload && !attached.as_ref().is_err_and(refused);
+        if offload && !header {
+            attached = tun.attach(false);
         }
+        attached.map_err(|source| match source.raw_os_error() {
+            Some(libc::EBUSY) => TunError::Busy(name.to_owned()),
+            Some(libc::EINVAL) => TunError::NotTun(name.to_owned()),
+            _ => call("TUNSETIFF")(source),
+        })?;
+        tun.large = if header { tun.negotiate().map_err(call("TUNSETVNETHDRSZ"))? } else { Large::No };
+        if tun.large == Large::No {
+            // The last owner's offloads stay with the device.
+            tun.set_offload(0).map_err(call("TUNSETOFFLOAD"))?;
+        }
+        tracing::debug!("{name}: large packets: {:?}", tun.large);
         if !existed {
             tun.set_mtu(DEFAULT_MTU).map_err(call("SIOCSIFMTU"))?;
         }
         Ok(tun)
+    }
+
+    fn attach(&self, vnet_header: bool) -> io::Result<()> {
+        let header = if vnet_header { libc::IFF_VNET_HDR } else { 0 };
+        let mut attach = request(&self.name);
+        attach.ifr_ifru.ifru_flags = (libc::IFF_TUN | libc::IFF_NO_PI | header) as libc::c_short;
+        // SAFETY: the descriptor is open and TUNSETIFF reads and writes one ifreq.
+        let result = unsafe { libc::ioctl(self.file.as_raw_fd(), TUNSETIFF, &mut attach) };
+        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+
+    /// Asks for as much as this kernel has.
+    fn negotiate(&self) -> io::Result<Large> {
+        let size = VnetHeader::SIZE as libc::c_int;
+        // SAFETY: the descriptor is open; TUNSETVNETHDRSZ reads an int.
+        let result = unsafe { libc::ioctl(self.file.as_raw_fd(), TUNSETVNETHDRSZ, &raw const size) };
+        if result < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        if self.set_offload(TUN_F_CSUM | TUN_F_TSO | TUN_F_USO).is_ok() {
+            return Ok(Large::TcpAndUdp);
+        }
+        // Even a kernel that hands over small packets only takes large ones with that header.
+        if self.set_offload(TUN_F_CSUM | TUN_F_TSO).is_err() {
+            self.set_offload(0)?;
+        }
+        Ok(Large::Tcp)
+    }
+
+    fn set_offload(&self, offload: libc::c_uint) -> io::Result<()> {
+        // SAFETY: the descriptor is open; TUNSETOFFLOAD takes an integer, not a pointer.
+        let result =
+            unsafe { libc::ioctl(self.file.as_raw_fd(), TUNSETOFFLOAD, libc::c_ulong::from(offload)) };
+        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+
+    /// How many packets at once it passes.
+    pub fn large(&self) -> Large {
+        self.large
     }
 
     /// Whether the device stays when nobody is attached to it, so that packets are dropped there and take no
@@ -125,14 +193,39 @@ impl Tun {
         if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 
-    /// Reads one packet.
-    pub fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        (&self.file).read(buffer)
+    /// Reads one packet, perhaps a large one; returns what it needs and where in the buffer it is.
+    pub fn read(&self, buffer: &mut [u8]) -> io::Result<(VnetHeader, Range<usize>)> {
+        let length = (&self.file).read(buffer)?;
+        match buffer.first_chunk() {
+            _ if self.large == Large::No => Ok((VnetHeader::default(), 0..length)),
+            Some(header) if length >= VnetHeader::SIZE => {
+                Ok((VnetHeader::from_bytes(header), VnetHeader::SIZE..length))
+            }
+            _ => Err(io::ErrorKind::InvalidData.into()),
+        }
     }
 
     /// Writes one packet.
     pub fn write(&self, packet: &[u8]) -> io::Result<()> {
-        (&self.file).write(packet).map(drop)
+        match self.large {
+            Large::No => (&self.file).write(packet).map(drop),
+            Large::Tcp | Large::TcpAndUdp => {
+                let header = VnetHeader::default().to_bytes();
+                (&self.file).write_vectored(&[IoSlice::new(&header), IoSlice::new(packet)]).map(drop)
+            }
+        }
+    }
+
+    /// Writes several packets as a large one.
+    pub fn write_joined(&self, head: &Head, burst: &Burst<'_>) -> io::Result<()> {
+        let vnet = head.vnet.to_bytes();
+        let mut slices = [IoSlice::new(&[]); MAX_PACKETS + 2];
+        let parts = [vnet.as_slice(), head.bytes()].into_iter().chain(burst.payloads());
+        for (slice, part) in slices.iter_mut().zip(parts) {
+            *slice = IoSlice::new(part);
+        }
+        let used = slices.get(..burst.count() + 2).ok_or(io::ErrorKind::InvalidInput)?;
+        (&self.file).write_vectored(used).map(drop)
     }
 
     /// Its name.

@@ -40,25 +40,26 @@ pub struct Sockets {
 }
 
 impl Sockets {
-    /// Binds `port`, or a random free one for 0. A family that the host does not have is left out.
-    pub fn bind(port: u16, fwmark: u32) -> io::Result<Self> {
+    /// Binds `port`, or a random free one for 0. A family that the host does not have is left out. With `offload`
+    /// datagrams are sent and received many at once.
+    pub fn bind(port: u16, fwmark: u32, offload: bool) -> io::Result<Self> {
         let mut attempts = if port == 0 { ATTEMPTS } else { 1 };
         loop {
             attempts -= 1;
-            match Self::try_bind(port, fwmark) {
+            match Self::try_bind(port, fwmark, offload) {
                 Err(e) if e.kind() == io::ErrorKind::AddrInUse && attempts > 0 => {}
                 result => return result,
             }
         }
     }
 
-    fn try_bind(port: u16, fwmark: u32) -> io::Result<Self> {
-        let ipv4 = available(open(SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), port)))?;
+    fn try_bind(port: u16, fwmark: u32, offload: bool) -> io::Result<Self> {
+        let ipv4 = available(open(SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), port), offload))?;
         let port = match &ipv4 {
             Some(socket) => socket.local_addr()?.port(),
             None => port,
         };
-        let ipv6 = available(open(SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), port)))?;
+        let ipv6 = available(open(SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), port), offload))?;
         let port = match &ipv6 {
             Some(socket) => socket.local_addr()?.port(),
             None => port,
@@ -66,7 +67,7 @@ impl Sockets {
         if ipv4.is_none() && ipv6.is_none() {
             return Err(io::Error::from_raw_os_error(libc::EAFNOSUPPORT));
         }
-        let segments_below = AtomicUsize::new(usize::MAX);
+        let segments_below = AtomicUsize::new(if offload { usize::MAX } else { 0 });
         let mut sockets = Self { ipv4, ipv6, port, fwmark: 0, segments_below };
         if fwmark != 0 {
             sockets.set_fwmark(fwmark)?;
@@ -189,7 +190,7 @@ fn available(result: io::Result<UdpSocket>) -> io::Result<Option<UdpSocket>> {
     }
 }
 
-fn open(address: SocketAddr) -> io::Result<UdpSocket> {
+fn open(address: SocketAddr, offload: bool) -> io::Result<UdpSocket> {
     let socket = Socket::new(Domain::for_address(address), Type::DGRAM, Some(Protocol::UDP))?;
     if address.is_ipv6() {
         socket.set_only_v6(true)?;
@@ -198,8 +199,10 @@ fn open(address: SocketAddr) -> io::Result<UdpSocket> {
     // A datagram over the path's MTU is cut into fragments, as in the kernel's WireGuard, not refused.
     sockopt::dont_discover_mtu(&socket, address.is_ipv6())?;
     enlarge(&socket);
-    // Best effort: without it, datagrams come one by one.
-    let _ = setsockopt(&socket, UdpGroSegment, &true);
+    if offload {
+        // Best effort: without it, datagrams come one by one.
+        let _ = setsockopt(&socket, UdpGroSegment, &true);
+    }
     socket.bind(&address.into())?;
     Ok(socket.into())
 }
@@ -222,7 +225,7 @@ mod tests {
             assert!(available(Err(io::Error::from_raw_os_error(errno))).unwrap().is_none());
         }
         assert!(available(Err(io::Error::from_raw_os_error(libc::EADDRINUSE))).is_err());
-        let sockets = Sockets { ipv6: None, ..Sockets::bind(0, 0).unwrap() };
+        let sockets = Sockets { ipv6: None, ..Sockets::bind(0, 0, true).unwrap() };
         let [v6, v4] = [Ipv6Addr::LOCALHOST.into(), Ipv4Addr::LOCALHOST.into()]
             .map(|ip: IpAddr| SocketAddr::new(ip, sockets.port));
         let (failed, error) = sockets.send(&Run { bytes: b"xyz", segment: 1, to: &v6 }).unwrap_err();
@@ -238,7 +241,7 @@ mod tests {
         let run: Vec<u8> = (0..60_000u32).map(|n| (n / 7) as u8).collect();
         for family in [IpAddr::from(Ipv4Addr::LOCALHOST), IpAddr::from(Ipv6Addr::LOCALHOST)] {
             for segments_below in [usize::MAX, 0] {
-                let sockets = Sockets::bind(0, 0).unwrap();
+                let sockets = Sockets::bind(0, 0, true).unwrap();
                 sockets.segments_below.store(segments_below, Ordering::Relaxed);
                 let to = SocketAddr::new(family, sockets.port);
                 sockets.send(&Run { bytes: &run, segment: 1452, to: &to }).unwrap();
@@ -258,7 +261,7 @@ mod tests {
 
     #[test]
     fn what_is_refused_in_segments_goes_out_one_by_one() {
-        let sockets = Sockets::bind(0, 0).unwrap();
+        let sockets = Sockets::bind(0, 0, true).unwrap();
         let to = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), sockets.port);
         sockets.learn(1452, &io::Error::from_raw_os_error(libc::EHOSTUNREACH));
         assert_eq!(sockets.segments_below.load(Ordering::Relaxed), usize::MAX);
@@ -273,9 +276,9 @@ mod tests {
 
     #[test]
     fn both_families_share_a_port_and_a_taken_one_is_refused() {
-        let sockets = Sockets::bind(0, 0).unwrap();
+        let sockets = Sockets::bind(0, 0, true).unwrap();
         let ports: Vec<_> = sockets.all().map(|s| s.local_addr().unwrap().port()).collect();
         assert!(ports.iter().all(|port| *port == sockets.port));
-        assert_eq!(Sockets::bind(sockets.port, 0).unwrap_err().kind(), io::ErrorKind::AddrInUse);
+        assert_eq!(Sockets::bind(sockets.port, 0, true).unwrap_err().kind(), io::ErrorKind::AddrInUse);
     }
 }

@@ -10,6 +10,8 @@ use super::{Host, must, until};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     Ours,
+    /// Ours with this value of MARGAY_OFFLOAD.
+    Offload(&'static str),
     WireguardGo,
     Boringtun,
 }
@@ -65,12 +67,15 @@ impl Side {
 
     pub fn spawn(host: Host, kind: Kind, interface: &str) -> Child {
         let mut command = match kind {
-            Kind::Ours => host.command(ours()),
+            Kind::Ours | Kind::Offload(_) => host.command(ours()),
             Kind::WireguardGo => host.command("wireguard-go"),
             Kind::Boringtun => host.command(boringtun_cli().to_str().unwrap()),
         };
         if kind == Kind::Boringtun {
             command.arg("--disable-drop-privileges");
+        }
+        if let Kind::Offload(value) = kind {
+            command.env("MARGAY_OFFLOAD", value);
         }
         command.args(["-f", interface]).env("RUST_LOG", "info").env("WG_PROCESS_FOREGROUND", "1");
         command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap()
