@@ -277,10 +277,10 @@ impl Server {
         if let Some(source) = snapshot.sources.iter().find(|source| !source.synced) {
             return Err(Refusal::unavailable(format!("source {} has not been read yet", source.name)));
         }
-        if ranges(&snapshot, None).cidrs.is_empty() {
+        let seen = self.board.observed();
+        if seen.desired.pod_cidrs.is_empty() {
             return Err(Refusal::unavailable(crate::ipam::IpamError::NoCidr.to_string()));
         }
-        let seen = self.board.observed();
         if let Some((name, _)) = seen.devices.iter().find(|(_, device)| device.device.is_none()) {
             return Err(Refusal::limited(format!("device {name} is absent: mesh-datapath does not run")));
         }
@@ -293,7 +293,7 @@ impl Server {
         let snapshot = self.store.current();
         let ipam = self.ipam.lock().await;
         let ipam = ipam.as_ref().ok()?;
-        let mut everywhere = ranges(&snapshot, None);
+        let mut everywhere = ranges(&snapshot, &self.board.observed().desired.pod_cidrs, None);
         // Our own pods are counted as leases.
         everywhere.taken = BTreeMap::new();
         Some((ipam.used(), ipam.free(&everywhere)))

@@ -19,6 +19,8 @@ pub struct Desired {
     /// Links that no route may be opened to yet, though routes already there stay: the runner puts those
     /// here whose policy is not in place. The plan leaves it empty.
     pub withhold: BTreeSet<String>,
+    /// Prefixes IPAM hands addresses out from: those the admission left this node.
+    pub pod_cidrs: Vec<IpNet>,
     /// Links to be up with this MTU, by name. Links are made by others (datapath, CNI).
     pub links: BTreeMap<String, Link>,
     /// Addresses by link name: exactly these on our own devices.

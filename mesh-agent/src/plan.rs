@@ -80,6 +80,7 @@ pub fn plan(snapshot: &Snapshot) -> Planned {
         generation: snapshot.generation,
         // Without our key every peer looks superfluous.
         prune: snapshot.synced && snapshot.local.public_key.is_some(),
+        pod_cidrs: members.own.pod_cidrs.clone(),
         ..Desired::default()
     };
     host::links(snapshot, &members.own, &mut desired);

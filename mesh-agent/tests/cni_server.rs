@@ -158,7 +158,11 @@ impl World {
         board: Board,
     ) -> Self {
         let store = Store::new(&["directory", cni::SOURCE]);
-        store.update_local(|local| local.node_name = "a".into());
+        store.update_local(|local| {
+            local.node_name = "a".into();
+            // A node without a key counts as one that does not know everything yet.
+            local.public_key = Some(keyservice::PublicKey::from_bytes([9; 32]));
+        });
         store.set_cluster("directory", cluster(&[]), 0);
         let netlink = Netlink::connect().unwrap();
         let server =

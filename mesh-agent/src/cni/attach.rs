@@ -60,7 +60,8 @@ impl Server {
     }
 
     async fn lease(&self, ask: &Ask) -> Result<Lease, Refusal> {
-        let ranges = ranges(&self.store.current(), Some(&ask.pod));
+        let cidrs = &self.board.observed().desired.pod_cidrs;
+        let ranges = ranges(&self.store.current(), cidrs, Some(&ask.pod));
         let mut ipam = self.ipam.lock().await;
         let ipam = ipam.as_mut().map_err(|error| Refusal::unavailable(error.clone()))?;
         if ipam.strays().next().is_some() {

@@ -5,14 +5,14 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use crate::ipam::Ranges;
+use crate::plan::tunnel_address;
 use crate::snapshot::{ObjectRef, Snapshot};
 
-/// What this node may give to `pod`, whose own former addresses do not stand in its way.
-pub fn ranges(snapshot: &Snapshot, pod: Option<&ObjectRef>) -> Ranges {
+/// What this node may give from `cidrs`, the prefixes the plan left it, to `pod`, whose own former addresses
+/// do not stand in its way.
+pub fn ranges(snapshot: &Snapshot, cidrs: &[IpNet], pod: Option<&ObjectRef>) -> Ranges {
     let cluster = &snapshot.cluster;
-    let own = cluster.nodes.get(&snapshot.local.node_name).map(|node| node.pod_cidrs.clone());
-    let cidrs = own.filter(|cidrs| !cidrs.is_empty()).unwrap_or_else(|| snapshot.local.pod_cidrs.clone());
-    let everyones = cluster.nodes.values().flat_map(|node| &node.pod_cidrs).chain(&cidrs);
+    let everyones = cluster.nodes.values().flat_map(|node| &node.pod_cidrs).chain(cidrs);
     let mut reserved: std::collections::BTreeSet<IpAddr> = everyones.flat_map(special).collect();
     for node in cluster.nodes.values() {
         reserved.extend(node.internal_ips.iter().chain(&node.external_ips));
@@ -24,21 +24,14 @@ pub fn ranges(snapshot: &Snapshot, pod: Option<&ObjectRef>) -> Ranges {
         .filter(|(name, object)| Some(*name) != pod && !object.host_network && !object.finished);
     let taken =
         others.flat_map(|(name, object)| object.ips.iter().map(move |ip| (*ip, format!("pod {name}"))));
-    Ranges { taken: taken.collect(), pools: cluster.mesh.pools.clone(), reserved, cidrs }
+    Ranges { taken: taken.collect(), pools: cluster.mesh.pools.clone(), reserved, cidrs: cidrs.to_vec() }
 }
 
-/// The network, the node's end of the tunnel (the first address), and IPv4's broadcast. A prefix of one or
-/// two addresses has none of them.
+/// The network, the node's end of the tunnel, and IPv4's broadcast. A prefix too small for the second has none.
 fn special(cidr: &IpNet) -> Vec<IpAddr> {
-    if cidr.prefix_len() + 2 > cidr.max_prefix_len() {
-        return Vec::new();
-    }
-    let first = match cidr.network() {
-        IpAddr::V4(ip) => IpAddr::from((u32::from(ip) + 1).to_be_bytes()),
-        IpAddr::V6(ip) => IpAddr::from((u128::from(ip) + 1).to_be_bytes()),
-    };
+    let Some(tunnel) = tunnel_address(cidr) else { return Vec::new() };
     let broadcast = Some(cidr.broadcast()).filter(IpAddr::is_ipv4);
-    [cidr.network(), first].into_iter().chain(broadcast).collect()
+    [cidr.network(), tunnel].into_iter().chain(broadcast).collect()
 }
 
 #[cfg(test)]
@@ -76,8 +69,7 @@ mod tests {
 
     #[test]
     fn every_nodes_special_addresses_are_reserved_and_every_running_pods_taken() {
-        let ranges = ranges(&snapshot(), None);
-        assert_eq!(ranges.cidrs, ["10.1.1.0/24".parse().unwrap()]);
+        let ranges = ranges(&snapshot(), &["10.1.1.0/24".parse().unwrap()], None);
         for reserved in ["10.1.1.0", "10.1.1.1", "10.1.1.255", "10.1.2.1", "192.0.2.1", "192.0.2.2"] {
             assert!(ranges.reserved.contains(&ip(reserved)), "{reserved}");
         }
@@ -90,16 +82,18 @@ mod tests {
     #[test]
     fn a_pod_may_have_its_own_address_again() {
         let own = ObjectRef { namespace: "default".into(), name: "live".into() };
-        assert!(ranges(&snapshot(), Some(&own)).taken.is_empty());
+        assert!(ranges(&snapshot(), &[], Some(&own)).taken.is_empty());
     }
 
     #[test]
-    fn configured_prefixes_count_where_the_node_object_names_none() {
-        let mut snapshot = snapshot();
-        snapshot.local.node_name = "c".into();
-        snapshot.local.pod_cidrs = vec!["10.1.3.0/24".parse().unwrap()];
-        let ranges = ranges(&snapshot, None);
-        assert_eq!(ranges.cidrs, snapshot.local.pod_cidrs);
-        assert!(ranges.reserved.contains(&ip("10.1.3.1")));
+    fn a_node_without_prefix_may_give_nothing_of_its_own_accord() {
+        assert!(ranges(&snapshot(), &[], None).cidrs.is_empty());
+    }
+
+    #[test]
+    fn a_prefix_that_no_node_object_names_has_its_special_addresses_too() {
+        assert!(
+            ranges(&snapshot(), &["10.1.3.0/24".parse().unwrap()], None).reserved.contains(&ip("10.1.3.1"))
+        );
     }
 }
