@@ -9,6 +9,9 @@ use keyservice::{PresharedKey, PrivateKey, PublicKey};
 use mesh_datapath::Device;
 use mesh_datapath::batch::Outbox;
 use mesh_datapath::ip_packet::IpPacket;
+use mesh_datapath::offload::coalesce::{MAX_PACKETS, coalesce};
+use mesh_datapath::offload::split::{SuperPacket, complete_checksum};
+use mesh_datapath::offload::vnet_header::VnetHeader;
 use mesh_datapath::peer::Now;
 use mesh_uapi::codec::{self, Lines, Request};
 use mesh_uapi::{Op, PeerUpdate};
@@ -72,6 +75,49 @@ pub fn ip_packet(data: &[u8]) {
     for (datagram, _) in out.network.iter() {
         assert!(datagram.len() >= 32);
     }
+}
+
+/// A large packet from the TUN, behind its header.
+pub fn split(data: &[u8]) {
+    let Some((header, packet)) = data.split_first_chunk() else { return };
+    let header = VnetHeader::from_bytes(header);
+    assert_eq!(header.to_bytes().as_slice(), &data[..VnetHeader::SIZE]);
+    let mut copy = packet.to_vec();
+    let _ = complete_checksum(&header, &mut copy);
+    if let Some(large) = SuperPacket::parse(&header, packet) {
+        let mut out = vec![0; 65_536];
+        let lengths = (0..large.count()).map(|n| large.write(n, &mut out).expect("a piece that is counted"));
+        assert!(lengths.fold(0, usize::max) <= packet.len());
+    }
+}
+
+/// Packets for the TUN, two bytes of length before each: joined or not, the kernel ends up with the same ones.
+pub fn joined(data: &[u8]) {
+    let mut packets = Vec::new();
+    let mut rest = data;
+    while let [high, low, tail @ ..] = rest {
+        let (packet, tail) = tail.split_at(tail.len().min(usize::from(u16::from_be_bytes([*high, *low]))));
+        packets.push(packet);
+        rest = tail;
+    }
+    let bursts = coalesce(packets.iter().copied(), true);
+    let mut given: Vec<_> = bursts.iter().flat_map(|burst| burst.packets()).collect();
+    for burst in &bursts {
+        assert!(burst.count() <= MAX_PACKETS);
+        let Some(head) = burst.head() else { continue };
+        let mut packet = head.bytes().to_vec();
+        burst.payloads().for_each(|payload| packet.extend_from_slice(payload));
+        let large = SuperPacket::parse(&head.vnet, &packet).expect("a packet of ours");
+        assert_eq!(large.count(), burst.count());
+        let mut out = vec![0; 65_536];
+        for (n, original) in burst.packets().enumerate() {
+            let length = large.write(n, &mut out).expect("a piece that is counted");
+            assert!(&out[..length] == original, "piece {n} differs");
+        }
+    }
+    given.sort();
+    packets.sort();
+    assert!(given == packets);
 }
 
 const KEYS: [[u8; 32]; 3] = [[1; 32], [2; 32], [3; 32]];

@@ -34,3 +34,13 @@ fn datagrams() {
 fn ip_packets() {
     replay("ip_packet", checks::ip_packet);
 }
+
+#[test]
+fn large_packets() {
+    replay("split", checks::split);
+}
+
+#[test]
+fn joined_packets() {
+    replay("joined", checks::joined);
+}
