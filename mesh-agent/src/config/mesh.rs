@@ -69,6 +69,7 @@ pub struct MeshConfigurationSpec {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize, JsonSchema)]
 pub enum Mode {
     /// In WireGuard tunnels between all nodes.
+    #[serde(rename = "wireguard")]
     #[default]
     WireGuard,
 }
