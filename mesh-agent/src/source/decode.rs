@@ -158,6 +158,9 @@ pub fn decode(kind: Kind, value: &Value) -> Decoded {
             .map(|pod: core::v1::Pod| Object::Pod(pod::decode(&pod, &mut problems))),
         Kind::NetworkPolicy => {
             let typed = typed::<networking::v1::NetworkPolicy>(value, &mut problems);
+            // Dropping a field would widen a rule (`- form: […]` for `from` admits everyone), and `kubectl apply`
+            // refuses it too.
+            problems.refuse_unknown("spec.");
             let before = problems.first_refusal().map(|p| format!("{}: {}", p.field, p.message));
             Some(Object::Policy(match (typed, before) {
                 (Some(policy), None) => network_policy::decode(&policy, &key.reference(), &mut problems),

@@ -1,15 +1,12 @@
 //! MeshConfiguration.
 
-use super::problem::{Problems, Severity};
+use super::problem::Problems;
 use crate::config::mesh::{MeshConfiguration, MeshConfigurationSpec, NAME};
 
 /// The object's `spec`, checked. Unlike in other kinds a field nobody knows refuses the object: it would be
 /// a wish for the whole mesh that nobody carries out.
 pub fn decode(object: MeshConfiguration, problems: &mut Problems) -> Option<MeshConfigurationSpec> {
-    for problem in problems.0.iter_mut().filter(|problem| problem.reason == "UnknownField") {
-        problem.severity = Severity::Refusal;
-        problem.message = "this field is not known".into();
-    }
+    problems.refuse_unknown("");
     let name = object.metadata.name.as_deref().unwrap_or_default();
     if name != NAME {
         problems.refuse(

@@ -45,6 +45,15 @@ impl Problems {
         );
     }
 
+    /// For kinds whose meaning a dropped field would change: unknown fields below `path` refuse the object.
+    pub fn refuse_unknown(&mut self, path: &str) {
+        let unknown = |problem: &&mut Problem| problem.reason == "UnknownField";
+        for problem in self.0.iter_mut().filter(unknown).filter(|problem| problem.field.starts_with(path)) {
+            problem.severity = Severity::Refusal;
+            problem.message = "this field is not known".into();
+        }
+    }
+
     /// Something else that does not stop the object.
     pub fn warn(&mut self, field: impl Into<String>, reason: &'static str, message: impl Into<String>) {
         self.push(field.into(), reason, message.into(), Severity::Warning);
