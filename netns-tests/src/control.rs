@@ -81,7 +81,7 @@ pub fn detach(bins: &Bins, name: &str, arguments: &[&str]) -> Result<()> {
         if line == READY {
             return Ok(());
         }
-        println!("{line}");
+        crate::say!("{line}");
     }
     let status = keeper.wait().context("wait for the lab's process")?;
     remove(name);
@@ -111,7 +111,7 @@ pub fn keep(mut lab: Lab) -> Result<()> {
     let socket = directory(&name).join("lab.sock");
     let listener = UnixListener::bind(&socket).with_context(|| format!("listen on {}", socket.display()))?;
     write_state(&lab)?;
-    println!("{READY}");
+    crate::say!("{READY}");
     detach_output()?;
     for stream in listener.incoming() {
         let Ok(stream) = stream else { continue };

@@ -32,7 +32,7 @@ pub fn lab() -> Result<spec::Lab> {
 }
 
 fn say(what: impl Display) {
-    println!("{what}");
+    crate::say!("{what}");
     std::io::stdout().flush().ok();
 }
 

@@ -201,7 +201,7 @@ impl Lab {
             self.put(manifests::pod(pod, &PodStatus { ips: Vec::new(), ..status.clone() }))?;
         }
         self.enforced()?;
-        let added: Vec<Result<Vec<Pod>>> = std::thread::scope(|scope| {
+        let added: Vec<Vec<Result<Pod>>> = std::thread::scope(|scope| {
             let this = &*self;
             let threads: Vec<_> = self
                 .node_names()
@@ -216,16 +216,25 @@ impl Lab {
                 .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
                 .collect()
         });
-        for of_node in added {
-            for pod in of_node? {
-                let status =
-                    list.iter().find(|(spec, _)| *spec == pod.spec).map(|(_, status)| status.clone());
-                let status = PodStatus { ips: pod.ips.clone(), ..status.unwrap_or_default() };
-                self.put(manifests::pod(&pod.spec, &status))?;
-                self.listen(&pod)?;
-                self.route_externals(&pod)?;
-                self.pods.insert((pod.spec.namespace.clone(), pod.spec.name.clone()), pod);
-            }
+        let mut failed = None;
+        for pod in added.into_iter().flatten() {
+            let pod = match pod {
+                Ok(pod) => pod,
+                Err(error) => {
+                    failed.get_or_insert(error);
+                    continue;
+                }
+            };
+            // Known from here on even if another failed, so that it can be removed.
+            self.pods.insert((pod.spec.namespace.clone(), pod.spec.name.clone()), pod.clone());
+            let status = list.iter().find(|(spec, _)| *spec == pod.spec).map(|(_, status)| status.clone());
+            let status = PodStatus { ips: pod.ips.clone(), ..status.unwrap_or_default() };
+            self.put(manifests::pod(&pod.spec, &status))?;
+            self.listen(&pod)?;
+            self.route_externals(&pod)?;
+        }
+        if let Some(error) = failed {
+            return Err(error);
         }
         self.enforced()
     }
@@ -308,9 +317,10 @@ impl Lab {
         Ok(())
     }
 
-    /// The objects of a kind, as written.
-    pub fn objects(&self, kind: &str) -> Vec<Value> {
-        self.objects.values().filter(|object| object["kind"] == kind).cloned().collect()
+    /// The objects of some kinds, as written.
+    pub fn objects(&self, of: impl Fn(&str) -> bool) -> Vec<Value> {
+        let all = self.objects.values();
+        all.filter(|object| of(object["kind"].as_str().unwrap_or_default())).cloned().collect()
     }
 
     /// Waits until every agent has carried out what is written now.

@@ -32,6 +32,7 @@ pub mod leaks;
 pub mod manifests;
 pub mod mounts;
 pub mod netns;
+pub mod out;
 pub mod pods;
 pub mod probe;
 pub mod spec;

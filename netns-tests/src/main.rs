@@ -9,7 +9,7 @@ use clap::{Parser, Subcommand};
 use netns_tests::bins::Bins;
 use netns_tests::conformance::{case, report, run};
 use netns_tests::lab::Lab;
-use netns_tests::{control, demo, enter, holder, spec};
+use netns_tests::{control, demo, enter, holder, say, spec};
 
 /// Hosts and pods as network namespaces around the real mesh-agent, mesh-datapath and mesh-cni.
 ///
@@ -134,7 +134,7 @@ fn act(verb: Verb) -> Result<ExitCode> {
             let lab = spec::Lab::read(&file)?;
             let text = file.to_string_lossy().into_owned();
             control::detach(&Bins::beside_current()?, &lab.name, &["keep", &text])?;
-            println!("lab {} is up: mesh-lab status | exec | link | down", lab.name);
+            say!("lab {} is up: mesh-lab status | exec | link | down", lab.name);
         }
         Verb::Keep { file } => {
             let lab = spec::Lab::read(&file)?;
@@ -153,7 +153,7 @@ fn act(verb: Verb) -> Result<ExitCode> {
         Verb::Down { lab } => {
             let name = control::chosen(lab.as_deref())?;
             control::ask(&name, &control::Request::Down)?;
-            println!("lab {name} is down");
+            say!("lab {name} is down");
         }
         Verb::Demo { keep: true, keeper: false } => {
             let name = demo::lab()?.name;
@@ -188,11 +188,11 @@ fn exec(lab: Option<&str>, target: &str, command: &[String]) -> Result<ExitCode>
 fn status(lab: Option<&str>) -> Result<ExitCode> {
     let name = control::chosen(lab)?;
     let state = control::state(&name)?;
-    println!("lab {name}, kept by process {}", state.owner);
+    say!("lab {name}, kept by process {}", state.owner);
     for host in state.hosts.keys() {
         let pods: Vec<&str> =
             state.pods.iter().filter(|(_, (node, _))| node == host).map(|(pod, _)| pod.as_str()).collect();
-        println!("\n{host}: {}", if pods.is_empty() { "no pods".into() } else { pods.join(" ") });
+        say!("\n{host}: {}", if pods.is_empty() { "no pods".into() } else { pods.join(" ") });
         let bins = Bins::beside_current()?;
         let pid = state.hosts.get(host).map(ToString::to_string).unwrap_or_default();
         let meshctl = std::process::Command::new(&bins.lab)
@@ -201,7 +201,7 @@ fn status(lab: Option<&str>) -> Result<ExitCode> {
             .output()
             .context("run meshctl")?;
         let text = if meshctl.status.success() { meshctl.stdout } else { meshctl.stderr };
-        String::from_utf8_lossy(&text).lines().for_each(|line| println!("  {line}"));
+        String::from_utf8_lossy(&text).lines().for_each(|line| say!("  {line}"));
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -223,8 +223,8 @@ fn conformance(files: &[PathBuf], filter: Option<&str>, json: bool, jobs: usize)
                     let next = work.lock().ok().and_then(|mut work| work.next());
                     let Some((name, cases)) = next else { return };
                     let of_file = run::file(&name, &cases, &bins, &mut |result| match json {
-                        true => println!("{}", serde_json::to_string(result).unwrap_or_default()),
-                        false => println!("{}", report::line(result)),
+                        true => say!("{}", serde_json::to_string(result).unwrap_or_default()),
+                        false => say!("{}", report::line(result)),
                     });
                     if let Ok(mut results) = results.lock() {
                         results.extend(of_file);
@@ -235,6 +235,6 @@ fn conformance(files: &[PathBuf], filter: Option<&str>, json: bool, jobs: usize)
     });
     let results = results.into_inner().unwrap_or_default();
     let (text, good) = report::closing(&results);
-    println!("\n{text}");
+    say!("\n{text}");
     Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

@@ -321,9 +321,10 @@ impl Lab {
         if let Some(pools) = self.mesh.get("pools") {
             return pools.clone();
         }
-        let mut pools: Vec<IpNet> = self.nodes.iter().flat_map(|node| node.pod_cidrs.clone()).collect();
-        pools.sort();
-        pools.dedup();
+        let ranges = self.nodes.iter().flat_map(|node| node.pod_cidrs.clone());
+        let pods = self.pods.iter().filter(|pod| !pod.host_network).flat_map(|pod| pod.ips.clone());
+        // Pools are disjoint; that two nodes claim the same range is for the mesh to judge.
+        let pools = IpNet::aggregate(&ranges.chain(pods.map(IpNet::from)).collect());
         Value::Array(pools.iter().map(|pool| serde_json::json!({ "cidr": pool })).collect())
     }
 }
@@ -367,6 +368,16 @@ pods:
         assert_eq!((link.delay, link.loss, link.mtu), (Duration::from_millis(2), 0.05, Some(1400)));
         assert_eq!(links.between("a", "c").loss, 0.0);
         assert_eq!(lab.pods[0].ports[0].protocol, Protocol::Tcp);
+    }
+
+    #[test]
+    fn pools_hold_every_pod_and_are_disjoint() {
+        let text =
+            GOOD.replace("10.2.0.0/24", "10.1.0.128/25").replace("node: a,", "node: a, ips: [10.7.0.1],");
+        assert_eq!(
+            Lab::parse(&text).unwrap().pools(),
+            serde_json::json!([{ "cidr": "10.1.0.0/24" }, { "cidr": "10.7.0.1/32" }])
+        );
     }
 
     #[test]

@@ -101,6 +101,7 @@ pub struct External {
 #[derive(Debug, Clone, Deserialize)]
 pub struct Step {
     /// All policies there are.
+    #[serde(deserialize_with = "policies")]
     pub policies: Vec<Value>,
     /// What gets through.
     pub expected: Vec<Expected>,
@@ -215,6 +216,30 @@ fn addresses<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Vec<IpAddr>, D
         .collect()
 }
 
+/// Objects that the lab can write to a file of their own; what they say is for the agent to judge.
+fn policies<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Vec<Value>, D::Error> {
+    let mut list = Vec::<Value>::deserialize(from)?;
+    let mut keys = std::collections::BTreeSet::new();
+    for (index, policy) in list.iter_mut().enumerate() {
+        let wrong = |what: &str| serde::de::Error::custom(format!("policies[{index}]: {what}"));
+        let kind = policy.get("kind").and_then(Value::as_str).ok_or_else(|| wrong("it has no kind"))?;
+        let kind = kind.to_string();
+        let metadata = policy.get_mut("metadata").and_then(Value::as_object_mut);
+        let metadata = metadata.ok_or_else(|| wrong("it has no metadata"))?;
+        let name = metadata.get("name").and_then(Value::as_str);
+        let name = name.ok_or_else(|| wrong("it has no metadata.name"))?.to_string();
+        if kind == "NetworkPolicy" {
+            // As an API server has it: every object of a namespaced kind says its namespace.
+            metadata.entry("namespace").or_insert_with(|| "default".into());
+        }
+        let namespace = metadata.get("namespace").and_then(Value::as_str).unwrap_or_default().to_string();
+        if !keys.insert((kind, namespace, name.clone())) {
+            return Err(wrong(&format!("{name} is there twice")));
+        }
+    }
+    Ok(list)
+}
+
 /// Ports may have notes beside what the lab needs, and `name` may be missing.
 fn ports<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Vec<Port>, D::Error> {
     #[derive(Deserialize)]
@@ -264,6 +289,8 @@ mod tests {
             ("10.0.0.1", "10.0.0.256", "10.0.0.256"),
             ("\"SCTP\"", "\"DCCP\"", "DCCP"),
             ("\"steps\"", "\"stops\"", "steps"),
+            ("\"policies\": []", "\"policies\": [7]", "policies[0]"),
+            ("\"policies\": []", r#""policies": [{"kind": "NetworkPolicy", "metadata": "m"}]"#, "metadata"),
         ] {
             let error = format!("{:#}", parse(ONE.replacen(from, to, 1).as_bytes()).unwrap_err());
             assert!(error.contains(word) && error.contains("case 0"), "{error}");

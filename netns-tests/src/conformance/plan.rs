@@ -120,13 +120,15 @@ pub fn lab(name: &str, hosts: &Hosts, cases: &[&Case]) -> Result<spec::Lab> {
     Ok(lab)
 }
 
-/// The pod's neighbourhood as a pool, or the pod alone where that holds a host of the case.
+/// The pod's neighbourhood as a pool, wide enough that the pod is not at its edge (which IPAM gives to nobody), or
+/// the pod alone where that holds a host of the case.
 fn pool(ip: IpAddr, hosts: &BTreeSet<IpAddr>) -> IpNet {
-    let (wide, narrow) = if ip.is_ipv4() { (24, 32) } else { (112, 128) };
-    let net = |length| IpNet::new(ip, length).map(|net| net.trunc());
-    match net(wide) {
-        Ok(net) if !hosts.iter().any(|host| net.contains(host)) => net,
-        _ => net(narrow).unwrap_or_else(|_| IpNet::from(ip)),
+    let widest: u8 = if ip.is_ipv4() { 24 } else { 112 };
+    let nets = (widest - 8..=widest).rev().filter_map(|length| IpNet::new(ip, length).ok());
+    let inside = |net: &IpNet| ip != net.network() && ip != net.broadcast();
+    match nets.map(|net| net.trunc()).find(inside) {
+        Some(net) if !hosts.iter().any(|host| net.contains(host)) => net,
+        _ => IpNet::from(ip),
     }
 }
 
@@ -249,6 +251,18 @@ mod tests {
         let inside = |ip: &str| pools.iter().any(|net| net.contains(&ip.parse::<IpAddr>().unwrap()));
         assert!(inside("192.0.2.7") && inside("fd00::1") && !inside("192.0.2.1") && !inside("100.64.3.4"));
         assert!(lab.nodes.iter().flat_map(|node| &node.pod_cidrs).all(|net| inside(&net.addr().to_string())));
+    }
+
+    #[test]
+    fn no_pod_is_at_the_edge_of_its_pool() {
+        for ip in ["10.0.0.255", "10.0.1.0", "10.0.7.255", "fd00::", "10.0.0.7", "fd00::1:0"] {
+            let ip: IpAddr = ip.parse().unwrap();
+            let net = pool(ip, &BTreeSet::new());
+            assert!(
+                net.contains(&ip) && ip != net.network() && ip != net.broadcast() || net.prefix_len() > 64
+            );
+        }
+        assert_eq!(pool("10.0.1.0".parse().unwrap(), &BTreeSet::new()).to_string(), "10.0.0.0/23");
     }
 
     #[test]

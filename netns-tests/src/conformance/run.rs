@@ -34,7 +34,8 @@ pub fn file(
             let mut probes = 0;
             let wrong = match &mut replay {
                 Ok(replay) => {
-                    replay.case(case, &mut probes).unwrap_or_else(|error| vec![format!("{error:#}")])
+                    let outcome = replay.case(case, &mut probes);
+                    outcome.unwrap_or_else(|error| replay.start_over(&error))
                 }
                 Err(error) => vec![format!("the lab does not come up: {error:#}")],
             };
@@ -97,6 +98,19 @@ impl Replay {
         Ok(wrong)
     }
 
+    /// After a case that could not be replayed to its end: what it left must not fail the next one.
+    fn start_over(&mut self, error: &anyhow::Error) -> Vec<String> {
+        let mut wrong = vec![format!("{error:#}")];
+        let pods: Vec<spec::Pod> = self.lab.pods().map(|pod| pod.spec.clone()).collect();
+        for pod in pods {
+            if let Err(error) = self.lab.remove_pod(&pod.namespace, &pod.name) {
+                wrong.push(format!("clean-up after it: {error:#}"));
+            }
+        }
+        self.network.clear();
+        wrong
+    }
+
     /// Makes namespaces and pods those of a world, keeping the pods whose network stays the same.
     fn world(&mut self, world: &World) -> Result<()> {
         let wanted = |key: &(String, String), pod: &spec::Pod| {
@@ -113,13 +127,13 @@ impl Replay {
             self.network.remove(&key);
         }
         let namespaces: Vec<Value> = world.namespaces.iter().map(manifests::namespace).collect();
-        self.replace("Namespace", &namespaces)?;
+        self.replace(|kind| kind == "Namespace", &namespaces)?;
         let objects: Vec<String> = world
             .pods
             .iter()
             .map(|(pod, status)| manifests::file_name(&manifests::pod(pod, status)))
             .collect();
-        for old in self.lab.objects("Pod") {
+        for old in self.lab.objects(|kind| kind == "Pod") {
             if !objects.contains(&manifests::file_name(&old)) {
                 self.lab.delete(&old)?;
             }
@@ -145,10 +159,10 @@ impl Replay {
         self.lab.enforced()
     }
 
-    /// Makes the objects of a kind exactly these; what is the same is not written again.
-    fn replace(&mut self, kind: &str, objects: &[Value]) -> Result<()> {
+    /// Makes the objects of some kinds exactly these; what is the same is not written again.
+    fn replace(&mut self, of: impl Fn(&str) -> bool, objects: &[Value]) -> Result<()> {
         let files: Vec<String> = objects.iter().map(manifests::file_name).collect();
-        for old in self.lab.objects(kind) {
+        for old in self.lab.objects(of) {
             if !files.contains(&manifests::file_name(&old)) {
                 self.lab.delete(&old)?;
             }
@@ -160,14 +174,7 @@ impl Replay {
     }
 
     fn policies(&mut self, policies: &[Value]) -> Result<()> {
-        let mut policies = policies.to_vec();
-        for policy in &mut policies {
-            // As an API server has it: every object of a namespaced kind says its namespace.
-            if policy.pointer("/metadata/namespace").is_none() {
-                policy["metadata"]["namespace"] = "default".into();
-            }
-        }
-        self.replace("NetworkPolicy", &policies)?;
+        self.replace(|kind| !["MeshConfiguration", "Node", "Namespace", "Pod"].contains(&kind), policies)?;
         self.lab.enforced().context("enforce the policies")
     }
 
