@@ -14,8 +14,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
+use keyservice::admission::IncumbentsProblem;
 use keyservice::{Incumbents, PrivateKey, keyfile};
 use mesh_api::defaults;
+use mesh_api::status::Issue;
 use mesh_uapi::client::SOCKET_DIR;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Notify, watch};
@@ -74,7 +76,7 @@ pub async fn run(config: AgentConfig) -> Result<()> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     let state = StateDir::take(&config.state_dir)?;
     let key = keyfile::load_or_create(&state.key(), &mut rand::rng())?;
-    let incumbents = Incumbents::load(&state.incumbents())?;
+    let (incumbents, forgotten) = remembered(&state.incumbents())?;
     info!(
         node = config.node_name,
         public_key = %key.public(),
@@ -95,6 +97,7 @@ pub async fn run(config: AgentConfig) -> Result<()> {
     rows.push((Stage::Policy, "policy"));
     rows.sort();
     let board = Board::new(&rows.iter().map(|(_, name)| *name).collect::<Vec<_>>());
+    board.set_issues("memory", forgotten.into_iter().collect());
     let engine = Engine::open(Path::new(defaults::BPF_DIR));
     reconcilers.push(Box::new(PolicyReconciler::new(engine.clone(), board.clone())));
     let cni_server =
@@ -152,6 +155,28 @@ pub async fn run(config: AgentConfig) -> Result<()> {
         // None of them ends by itself. systemd starts anew, and what is in place stays until then.
         Some(name) => bail!("the {name} ended unexpectedly"),
     }
+}
+
+/// Whom this node admitted before. A damaged file has been put aside: going on without it beats being down, and
+/// the issue stays until the next start, since a newcomer may meanwhile have been admitted in an incumbent's place.
+fn remembered(path: &Path) -> Result<(Incumbents, Option<Issue>)> {
+    let error = match Incumbents::load(path) {
+        Ok(incumbents) => return Ok((incumbents, None)),
+        Err(error) if error.aside.is_some() => error,
+        Err(error) => return Err(error.into()),
+    };
+    warn!("{error}");
+    let field = match &error.problem {
+        IncumbentsProblem::Content { field, .. } => field.clone(),
+        IncumbentsProblem::File(_) => String::new(),
+    };
+    let issue = Issue {
+        object: format!("file {}", path.display()),
+        field,
+        reason: "MemoryLost".to_owned(),
+        message: format!("{error}: whom this node had admitted before is forgotten"),
+    };
+    Ok((Incumbents::default(), Some(issue)))
 }
 
 fn tell_of_self(store: &Store, config: &AgentConfig, key: &PrivateKey, incumbents: Incumbents) {
@@ -215,5 +240,26 @@ impl Tasks {
             Some(Ok(name)) => name,
             _ => "task",
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[test]
+    fn a_damaged_memory_is_put_aside_and_told_and_does_not_end_the_start() {
+        let state = tempfile::tempdir().unwrap();
+        let path = state.path().join("incumbents.json");
+        assert_eq!(remembered(&path).unwrap(), (Incumbents::default(), None));
+        Incumbents::default().store(&path).unwrap();
+        std::fs::write(&path, "{\"version\": 1, \"nodes\": {\"a\": 7}}").unwrap();
+        let (incumbents, issue) = remembered(&path).unwrap();
+        let issue = issue.unwrap();
+        assert_eq!((incumbents, issue.field.as_str()), (Incumbents::default(), "nodes.a"));
+        assert!(issue.message.contains("incumbents.json.corrupt"), "{}", issue.message);
+        assert!(!path.exists() && state.path().join("incumbents.json.corrupt").exists());
     }
 }
