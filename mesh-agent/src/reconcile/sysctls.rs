@@ -10,6 +10,14 @@ use serde::{Deserialize, Serialize};
 
 use super::{ReconcileError, Reconciler, Report, Stage};
 use crate::desired::Desired;
+use crate::own;
+
+/// IPv6 settings by interface.
+const INTERFACES: &str = "net/ipv6/conf";
+/// IPv6 forwarding of the whole host.
+const FORWARDING: &str = "net/ipv6/conf/all/forwarding";
+/// Listening to router advertisements (Documentation/networking/ip-sysctl.rst).
+const ACCEPT_RA: &str = "accept_ra";
 
 /// What a setting was before us and what we made it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -142,6 +150,30 @@ impl SysctlReconciler {
         }
     }
 
+    /// A host that forwards IPv6 no longer listens to router advertisements (`accept_ra` 1 means "unless
+    /// forwarding"), and the kernel drops the routes it learned from them at that moment. Interfaces that
+    /// listened until now go on listening (2), or the host would lose its way out.
+    fn listeners(&self, changed: &BTreeMap<String, Change>) -> BTreeMap<String, String> {
+        let interfaces = std::fs::read_dir(self.root.join(INTERFACES)).into_iter().flatten().flatten();
+        let names = interfaces.filter_map(|entry| entry.file_name().into_string().ok());
+        let listens = |name: &String| {
+            let is = |setting: &str, value: &str| {
+                let read = self.read_value(&format!("{INTERFACES}/{name}/{setting}"));
+                read.is_ok_and(|now| now.as_deref() == Some(value))
+            };
+            let made_so = changed.contains_key(&format!("{INTERFACES}/{name}/{ACCEPT_RA}"));
+            match made_so {
+                true => !is(ACCEPT_RA, "0"),
+                false => is(ACCEPT_RA, "1") && is("forwarding", "0"),
+            }
+        };
+        let real = |name: &String| {
+            !matches!(name.as_str(), "all" | "default" | "lo") && !own::is_device(name) && !own::is_veth(name)
+        };
+        let setting = |name| (format!("{INTERFACES}/{name}/{ACCEPT_RA}"), "2".to_owned());
+        names.filter(real).filter(listens).map(setting).collect()
+    }
+
     fn pass(&self, desired: &Desired) -> Result<Report, ReconcileError> {
         let mut report = Report::default();
         let changed = self.recall().unwrap_or_else(|error| {
@@ -150,6 +182,11 @@ impl SysctlReconciler {
             BTreeMap::new()
         });
         let unreadable = !report.errors.is_empty();
+        let mut sysctls = desired.sysctls.clone();
+        if sysctls.get(FORWARDING).is_some_and(|wish| wish == "1") {
+            sysctls.extend(self.listeners(&changed));
+        }
+        let desired = &Desired { sysctls, prune: desired.prune, ..Desired::default() };
         let mut actual = Actual { changed, ..Actual::default() };
         for name in desired.sysctls.keys().chain(actual.changed.keys()) {
             match self.read_value(name) {
@@ -157,7 +194,9 @@ impl SysctlReconciler {
                 Err(error) => report.errors.push(error),
             }
         }
-        let (ops, errors) = diff(&actual, desired);
+        let (mut ops, errors) = diff(&actual, desired);
+        // Before forwarding, which has its effect on the others at once.
+        ops.sort_by_key(|op| !matches!(op, Op::Set(name, _) if name.ends_with(ACCEPT_RA)));
         report.errors.extend(errors);
         let mut changed = actual.changed;
         for op in &ops {
@@ -263,6 +302,33 @@ mod tests {
         let report = new().reconcile(&on).await.unwrap();
         assert!(report.errors[0].to_string().contains("sysctls.json"), "{report:?}");
         assert_eq!((now().as_str(), std::fs::read_to_string(&memory).unwrap().as_str()), ("1", "{"));
+    }
+
+    #[tokio::test]
+    async fn interfaces_that_heard_router_advertisements_still_do_when_the_host_forwards() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().join("sys");
+        let at = |interface: &str, setting: &str| root.join(INTERFACES).join(interface).join(setting);
+        // (interface, accept_ra, forwarding): a host's, a router's, one that never listened, and a pod's.
+        let interfaces =
+            [("eth0", "1", "0"), ("eth1", "1", "1"), ("eth2", "0", "0"), ("mgy0123456789", "1", "0")];
+        for (name, accept_ra, forwarding) in interfaces.into_iter().chain([("all", "1", "0")]) {
+            std::fs::create_dir_all(root.join(INTERFACES).join(name)).unwrap();
+            std::fs::write(at(name, ACCEPT_RA), accept_ra).unwrap();
+            std::fs::write(at(name, "forwarding"), forwarding).unwrap();
+        }
+        let accepts = || interfaces.map(|(name, ..)| std::fs::read_to_string(at(name, ACCEPT_RA)).unwrap());
+        let on =
+            Desired { sysctls: [(FORWARDING.into(), "1".into())].into(), prune: true, ..Desired::default() };
+        let mut sysctls = SysctlReconciler::new(&root, dir.path().join("memory"));
+        assert_eq!(sysctls.reconcile(&on).await.unwrap().operations, 2);
+        assert_eq!(accepts(), ["2", "1", "0", "1"]);
+        // The kernel passes the switch on to every interface.
+        std::fs::write(at("eth0", "forwarding"), "1").unwrap();
+        assert_eq!(sysctls.reconcile(&on).await.unwrap().operations, 0);
+        let off = Desired { prune: true, ..Desired::default() };
+        assert_eq!(sysctls.reconcile(&off).await.unwrap().operations, 2);
+        assert_eq!(accepts(), ["1", "1", "0", "1"]);
     }
 
     #[tokio::test]
