@@ -231,23 +231,31 @@ impl Judge<'_> {
         let addresses: BTreeSet<IpAddr> = live().flat_map(|p| p.addresses.iter().copied()).collect();
         let mut incumbents = Incumbents::default();
         for party in &self.parties {
-            let incumbent = if party.live {
-                let uid = party.authority.and_then(|authority| authority.uid.clone());
-                Incumbent {
-                    uid: uid.or_else(|| party.memory.and_then(|memory| memory.uid.clone())),
-                    keys: self.keys_of(party),
-                    pod_cidrs: party.prefixes.clone(),
-                    addresses: party.addresses.clone(),
-                }
-            } else if let Some(memory) = party.memory {
-                let mut kept = memory.clone();
-                kept.keys.retain(|key| !keys.contains(key));
-                kept.pod_cidrs.retain(|held| !overlaps_any(held, &prefixes));
-                kept.addresses.retain(|address| !addresses.contains(address));
-                kept
-            } else {
-                continue;
-            };
+            let incumbent =
+                if party.live {
+                    let uid = party.authority.and_then(|authority| authority.uid.clone());
+                    Incumbent {
+                        uid: uid.or_else(|| party.memory.and_then(|memory| memory.uid.clone())),
+                        keys: self.keys_of(party),
+                        pod_cidrs: party.prefixes.clone(),
+                        addresses: party.addresses.clone(),
+                    }
+                } else if let Some(memory) = party.memory {
+                    let mut kept = memory.clone();
+                    kept.keys.retain(|key| !keys.contains(key));
+                    // Of a prefix that is partly somebody's now, what its own authority names stays its own.
+                    let named =
+                        party.authority.map(|authority| outermost(&authority.pod_cidrs)).unwrap_or_default();
+                    let parts = memory.pod_cidrs.iter().filter(|held| overlaps_any(held, &prefixes));
+                    kept.pod_cidrs.extend(parts.flat_map(|held| {
+                        named.iter().filter(move |part| held.contains(*part) && *part != held)
+                    }));
+                    kept.pod_cidrs.retain(|held| !overlaps_any(held, &prefixes));
+                    kept.addresses.retain(|address| !addresses.contains(address));
+                    kept
+                } else {
+                    continue;
+                };
             incumbents.0.insert(party.name.to_owned(), incumbent);
         }
         incumbents

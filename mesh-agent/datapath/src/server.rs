@@ -68,9 +68,11 @@ pub fn claim(path: &Path) -> Result<(), ServerError> {
     }
     match UnixStream::connect(path) {
         Ok(_) => Err(ServerError::Live(path.to_owned())),
-        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {
-            fs::remove_file(path).map_err(call(path, "remove stale socket"))
-        }
+        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => match fs::remove_file(path) {
+            // `wg` removes stale sockets too, and may be the faster.
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+            removed => removed.map_err(call(path, "remove stale socket")),
+        },
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(e) => Err(call(path, "connect")(e)),
     }
