@@ -111,14 +111,23 @@ impl Ipam {
         let allocator = Allocator::new(&replayed.state);
         let leases = replayed.state.leases;
         let mut ipam = Self { journal, leases, allocator, strays: BTreeMap::new(), _lock: lock };
-        let dead: Vec<Key> = ipam
-            .leases
-            .values()
-            .filter(|lease| !live.iter().any(|link| link.name == lease.host_interface))
-            .map(Lease::key)
-            .collect();
-        for key in dead {
-            ipam.release(&key)?;
+        // A link that is there says best what it has: a damaged journal may know of an earlier lease only.
+        let mut wrong = Vec::new();
+        for lease in ipam.leases.values() {
+            let link = live.iter().find(|link| link.name == lease.host_interface);
+            match link.map(|link| &link.addresses) {
+                None => wrong.push((lease.key(), None)),
+                Some(Some(ips)) if *ips != lease.ips => {
+                    wrong.push((lease.key(), Some(Lease { ips: ips.clone(), ..lease.clone() })));
+                }
+                Some(_) => {}
+            }
+        }
+        for (key, _) in &wrong {
+            ipam.release(key)?;
+        }
+        for lease in wrong.into_iter().filter_map(|(_, right)| right) {
+            ipam.insert(lease)?;
         }
         ipam.set_live(live);
         for (name, addresses) in &ipam.strays {
@@ -175,11 +184,15 @@ impl Ipam {
         }
         let ips = if ask.ips.is_empty() { self.any(ranges)? } else { self.exactly(&ask.ips, ranges)? };
         let lease = ask.lease(host_interface, pod_mac(&key), ips);
+        self.insert(lease.clone())?;
+        Ok(lease)
+    }
+
+    fn insert(&mut self, lease: Lease) -> Result<(), JournalError> {
         self.journal.append(Record::Lease(lease.clone()))?;
         self.allocator.take(&lease);
-        self.leases.insert(key, lease.clone());
-        self.compact_if_worth_it()?;
-        Ok(lease)
+        self.leases.insert(lease.key(), lease);
+        self.compact_if_worth_it()
     }
 
     /// Takes the lease back; its addresses are reused last. Nothing is known of it: nothing to do. Call it
