@@ -11,8 +11,6 @@ use std::process::ExitCode;
 use clap::Parser;
 
 fn main() -> ExitCode {
-    // A reader that went away (`meshctl peers | head`) is no error of ours.
-    output::quiet_broken_pipe();
     let args = args::Args::parse();
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,

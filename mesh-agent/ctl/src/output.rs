@@ -7,13 +7,9 @@ use serde::Serialize;
 
 use crate::args::Format;
 
-/// Lets a write to a closed pipe end the process, as it does other filters.
-pub(crate) fn quiet_broken_pipe() {
-    use nix::sys::signal::{SigHandler, Signal, signal};
-    #[expect(unsafe_code, reason = "restoring a default disposition has no safe wrapper")]
-    // SAFETY: SIG_DFL installs no handler, and no other thread exists yet.
-    let _ = unsafe { signal(Signal::SIGPIPE, SigHandler::SigDfl) };
-}
+/// What a shell shows for a filter that SIGPIPE ended. The signal itself stays ignored: it would also end the program
+/// when the agent breaks off.
+const EXIT_PIPE_CLOSED: i32 = 141;
 
 /// Prints `value`, as `table` says for people.
 pub(crate) fn print<T: Serialize>(
@@ -27,7 +23,11 @@ pub(crate) fn print<T: Serialize>(
         Format::Yaml => serde_saphyr::to_string(value).context("as YAML")?,
     };
     let mut out = std::io::stdout().lock();
-    writeln!(out, "{}", text.trim_end()).and_then(|()| out.flush()).context("standard output")
+    match writeln!(out, "{}", text.trim_end()).and_then(|()| out.flush()) {
+        // A reader that went away (`meshctl peers | head`) is no error of ours.
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => std::process::exit(EXIT_PIPE_CLOSED),
+        written => written.context("standard output"),
+    }
 }
 
 /// Clears the terminal between two rounds of `--watch`; a file or pipe keeps all rounds.
