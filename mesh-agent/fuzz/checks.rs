@@ -7,11 +7,11 @@ use boringtun::noise::{Tunn, TunnResult};
 use boringtun::x25519;
 use keyservice::{PresharedKey, PrivateKey, PublicKey};
 use mesh_datapath::Device;
-use mesh_datapath::batch::Outbox;
 use mesh_datapath::ip_packet::IpPacket;
 use mesh_datapath::offload::coalesce::{MAX_PACKETS, coalesce};
 use mesh_datapath::offload::split::{SuperPacket, complete_checksum};
 use mesh_datapath::offload::vnet_header::VnetHeader;
+use mesh_datapath::outbox::Outbox;
 use mesh_datapath::peer::Now;
 use mesh_uapi::codec::{self, Lines, Request};
 use mesh_uapi::{Op, PeerUpdate};
@@ -33,7 +33,7 @@ pub fn uapi_set(data: &[u8]) {
                 }
                 assert_eq!(format!("{again:?}"), format!("{ops:?}"));
                 let device = Device::default();
-                let _ = device.apply(&ops, Instant::now(), &mut StdRng::seed_from_u64(1));
+                let _ = device.apply(&ops);
                 device.view();
             }
             Ok(Some(Request::Get | Request::Stats)) => {}
@@ -70,8 +70,7 @@ pub fn ip_packet(data: &[u8]) {
     }
     let world = World::new();
     let mut out = Outbox::default();
-    let mut buffer = data.to_vec();
-    world.device.handle_packet(world.now(0), &mut buffer, data.len(), &mut out);
+    world.device.handle_packet(world.now(0), data, &mut StdRng::seed_from_u64(1), &mut out);
     for (datagram, _) in out.network.iter() {
         assert!(datagram.len() >= 32);
     }
@@ -143,7 +142,7 @@ impl World {
             ));
         }
         let start = Instant::now();
-        device.apply(&ops, start, &mut StdRng::seed_from_u64(1)).expect("sound configuration");
+        device.apply(&ops).expect("sound configuration");
         let secret = x25519::StaticSecret::from(*first.expose());
         let public = x25519::PublicKey::from(*own.public().as_bytes());
         let peer = Tunn::new(secret, public, None, None, 5, None);
@@ -168,8 +167,10 @@ impl World {
     /// Lets the device have a datagram, and the peer have the answers.
     fn receive(&mut self, source: u8, datagram: &[u8]) {
         let mut out = Outbox::default();
-        self.device.handle_datagram(self.now(0), from(source), datagram, &mut out);
-        for (packet, ()) in out.tun.iter() {
+        let (mut bytes, mut rng) = (datagram.to_vec(), StdRng::seed_from_u64(2));
+        self.device.handle_datagram(self.now(0), from(source), &mut bytes, &mut rng, &mut out);
+        for place in &out.packets {
+            let packet = &bytes[place.clone()];
             let parsed = IpPacket::parse(packet).expect("only packets reach the TUN");
             assert_eq!(parsed.length, packet.len());
             assert!(parsed.source.to_string().starts_with("10."), "a spoofed source got through");
@@ -180,9 +181,9 @@ impl World {
             if answer.len() <= 128
                 && let TunnResult::WriteToNetwork(reply) = self.peer.decapsulate(None, answer, &mut buffer)
             {
-                let reply = reply.to_vec();
+                let mut reply = reply.to_vec();
                 let mut ignored = Outbox::default();
-                self.device.handle_datagram(self.now(0), from(source), &reply, &mut ignored);
+                self.device.handle_datagram(self.now(0), from(source), &mut reply, &mut rng, &mut ignored);
             }
         }
     }

@@ -1,5 +1,7 @@
 //! Packets on their way out of the core, in one buffer that is used again.
 
+use std::ops::Range;
+
 /// A packet waiting in a [`Batch`], with where it goes.
 #[derive(Debug)]
 struct Item<T> {
@@ -22,7 +24,7 @@ pub const MAX_SEGMENTS: usize = 64;
 pub const MAX_RUN: usize = 65_507;
 
 /// Packets of a [`Batch`] that go out together.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Run<'a, T> {
     /// All of them, one behind the other.
     pub bytes: &'a [u8],
@@ -67,6 +69,20 @@ impl<T> Batch<T> {
     pub fn push(&mut self, packet: &[u8], to: T) {
         self.space(packet.len()).copy_from_slice(packet);
         self.commit(packet.len(), to);
+    }
+
+    /// Lets `change` have up to [`MAX_SEGMENTS`] of the packets, those numbered `items`, to write in.
+    pub(crate) fn change(&mut self, items: Range<usize>, change: impl FnOnce(&mut [&mut [u8]])) {
+        let mut list: [&mut [u8]; MAX_SEGMENTS] = std::array::from_fn(|_| Default::default());
+        let items = self.items.get(items).unwrap_or_default();
+        let mut rest = self.arena.as_mut_slice();
+        let mut passed = 0;
+        for (place, item) in list.iter_mut().zip(items) {
+            let Some((_, tail)) = rest.split_at_mut_checked(item.start - passed) else { return };
+            let Some((packet, tail)) = tail.split_at_mut_checked(item.end - item.start) else { return };
+            (*place, rest, passed) = (packet, tail, item.end);
+        }
+        change(list.get_mut(..items.len()).unwrap_or_default());
     }
 
     /// The packets, oldest first.
@@ -121,23 +137,6 @@ impl<T> Batch<T> {
     pub fn clear(&mut self) {
         self.used = 0;
         self.items.clear();
-    }
-}
-
-/// Everything one step of the core wants sent.
-#[derive(Debug, Default)]
-pub struct Outbox {
-    /// Datagrams for the network.
-    pub network: Batch<std::net::SocketAddr>,
-    /// IP packets for the TUN device.
-    pub tun: Batch<()>,
-}
-
-impl Outbox {
-    /// Forgets both batches.
-    pub fn clear(&mut self) {
-        self.network.clear();
-        self.tun.clear();
     }
 }
 

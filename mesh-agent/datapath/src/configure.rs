@@ -1,14 +1,14 @@
 //! Configuration of a device: applies the UAPI's operations and tells what is there.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::sync::atomic::Ordering;
 
 use ipnet::IpNet;
 use keyservice::{PresharedKey, PrivateKey, PublicKey};
+use mesh_noise::Remote;
 use mesh_uapi::{Op, Peer as PeerView, PeerUpdate, Stats};
-use rand::Rng;
 
-use crate::device::{Device, Entry, Identity, Tables};
+use crate::device::{Device, Identity, Member, Tables};
 use crate::peer::Peer;
 
 /// An operation that cannot be applied.
@@ -17,9 +17,6 @@ pub enum Refusal {
     /// Its Diffie-Hellman result is known to everyone.
     #[error("peer {0}: the public key has low order")]
     LowOrderKey(PublicKey),
-    /// Millions of peers.
-    #[error("peer {0}: no receiver index is left")]
-    TooManyPeers(PublicKey),
 }
 
 /// What to do with the sockets; the core has none.
@@ -59,18 +56,18 @@ pub fn check(ops: &[Op]) -> Result<(), Refusal> {
 }
 
 impl Device {
-    /// Applies operations in order; those on sockets are the caller's ([`SocketChange`]).
-    pub fn apply(&self, ops: &[Op], now: Instant, rng: &mut impl Rng) -> Result<(), Refusal> {
+    /// Applies operations in order; those on sockets are the caller's ([`SocketChange`]). Packets pass between two
+    /// of them, so that a thousand peers hold nothing up.
+    pub fn apply(&self, ops: &[Op]) -> Result<(), Refusal> {
         check(ops)?;
-        let mut tables = self.write();
         for op in ops {
             match op {
-                Op::SetPrivateKey(key) => tables.set_identity(Some(key.clone()), now, rng)?,
-                Op::ClearPrivateKey => tables.set_identity(None, now, rng)?,
+                Op::SetPrivateKey(key) => self.set_identity(Some(key.clone())),
+                Op::ClearPrivateKey => self.set_identity(None),
                 Op::SetListenPort(_) | Op::SetFwmark(_) => {}
-                Op::RemoveAllPeers => tables.remove_all(),
-                Op::RemovePeer(key) => tables.remove_peer(key),
-                Op::SetPeer(key, update) => tables.set_peer(*key, update, now, rng)?,
+                Op::RemoveAllPeers => self.remove_all(),
+                Op::RemovePeer(key) => self.remove_peer(key),
+                Op::SetPeer(key, update) => self.set_peer(*key, update),
             }
         }
         Ok(())
@@ -81,18 +78,18 @@ impl Device {
         let tables = self.read();
         let mut device = mesh_uapi::Device::default();
         let mut preshared = Vec::new();
-        device.public_key = tables.identity.as_ref().map(|id| id.key.public());
-        for (key, Entry { peer, allowed_ips }) in &tables.peers {
+        device.public_key = tables.identity.as_ref().map(|id| id.noise.public());
+        for (key, Member { peer, allowed_ips }) in &tables.peers {
             let state = peer.lock();
             preshared.extend(state.preshared_key.clone().map(|secret| (*key, secret)));
             let view = PeerView {
                 has_preshared_key: state.preshared_key.is_some(),
-                endpoint: state.endpoint,
+                endpoint: peer.endpoint(),
                 allowed_ips: allowed_ips.clone(),
                 persistent_keepalive: state.timers.keepalive,
                 last_handshake: state.last_handshake,
-                rx_bytes: state.rx_bytes,
-                tx_bytes: state.tx_bytes,
+                rx_bytes: peer.traffic.rx_bytes.load(Ordering::Relaxed),
+                tx_bytes: peer.traffic.tx_bytes.load(Ordering::Relaxed),
             };
             device.peers.insert(*key, view);
         }
@@ -102,7 +99,7 @@ impl Device {
     /// The counters.
     pub fn stats(&self) -> Stats {
         let tables = self.read();
-        let peers = tables.peers.iter().map(|(key, entry)| (*key, entry.peer.drops.by_name(false)));
+        let peers = tables.peers.iter().map(|(key, member)| (*key, member.peer.drops.by_name(false)));
         Stats {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             mtu: u32::try_from(self.mtu()).unwrap_or(u32::MAX),
@@ -110,123 +107,136 @@ impl Device {
             peers: peers.filter(|(_, drops)| !drops.is_empty()).collect(),
         }
     }
+
+    fn set_identity(&self, key: Option<PrivateKey>) {
+        let identity = key.map(|key| Arc::new(Identity::new(key)));
+        let mut tables = self.write();
+        let public = |identity: &Option<Arc<Identity>>| identity.as_ref().map(|id| id.noise.public());
+        if public(&tables.identity) == public(&identity) {
+            return;
+        }
+        // A device is no peer of itself.
+        if let Some(own) = public(&identity) {
+            self.take_peer(&mut tables, &own);
+        }
+        // Cookies of the old key are worth nothing to the new one.
+        *self.gate() = None;
+        tables.identity = identity;
+        let peers: Vec<_> = tables.peers.values().map(|member| member.peer.clone()).collect();
+        peers.iter().for_each(|peer| self.restart(tables.identity.as_deref(), peer));
+    }
+
+    /// Lets the peer begin afresh, as a new key demands; without `identity` it ends. Packets that wait stay.
+    fn restart(&self, identity: Option<&Identity>, peer: &Arc<Peer>) {
+        self.stop(peer);
+        let mut state = peer.lock();
+        let preshared = state.preshared_key.as_ref();
+        // Refused only for a key of low order, which was checked.
+        let remote = identity.and_then(|id| Remote::new(&id.noise, &peer.key, preshared).ok());
+        state.remote = remote;
+        state.timers.restart();
+    }
+
+    /// Ends every session and handshake of the peer.
+    fn stop(&self, peer: &Peer) {
+        let mut state = peer.lock();
+        self.forget_pending(&mut state);
+        state.remote = None;
+        peer.sending.store(None);
+        let sessions = std::mem::take(&mut state.sessions);
+        let mut indices = self.indices();
+        sessions.all().for_each(|session| indices.remove(session.keypair.local_index));
+        state.last_handshake = None;
+        peer.traffic.forget_times();
+    }
+
+    fn remove_all(&self) {
+        let mut tables = self.write();
+        let keys: Vec<_> = tables.peers.keys().copied().collect();
+        keys.iter().for_each(|key| self.take_peer(&mut tables, key));
+    }
+
+    fn remove_peer(&self, key: &PublicKey) {
+        self.take_peer(&mut self.write(), key);
+    }
+
+    fn take_peer(&self, tables: &mut Tables, key: &PublicKey) {
+        let Some(member) = tables.peers.remove(key) else { return };
+        for prefix in &member.allowed_ips {
+            tables.allowed_ips.remove(prefix);
+        }
+        self.stop(&member.peer);
+    }
+
+    fn set_peer(&self, key: PublicKey, update: &PeerUpdate) {
+        let (identity, known) = {
+            let tables = self.read();
+            (tables.identity.clone(), tables.peers.get(&key).map(|member| member.peer.clone()))
+        };
+        if identity.as_ref().is_some_and(|id| id.noise.public() == key) {
+            return;
+        }
+        let (peer, new) = match known {
+            Some(peer) => (peer, false),
+            None if update.update_only => return,
+            None => (Arc::new(Peer::new(key)), true),
+        };
+        set_fields(&peer, update);
+        if new {
+            // Its first key agreement takes long, so it is done before anybody has to wait.
+            self.restart(identity.as_deref(), &peer);
+        }
+        let mut tables = self.write();
+        if new {
+            tables.peers.insert(key, Member { peer: peer.clone(), allowed_ips: Default::default() });
+        }
+        tables.set_allowed_ips(&peer, update);
+    }
+}
+
+/// Sets the plain fields. Sessions live on under a new preshared key; the next handshake has it.
+fn set_fields(peer: &Peer, update: &PeerUpdate) {
+    let mut state = peer.lock();
+    if let Some(endpoint) = update.endpoint {
+        peer.set_endpoint(endpoint);
+    }
+    if let Some(seconds) = update.persistent_keepalive {
+        // A keepalive that is switched on is sent at once, and brings the tunnel up.
+        state.timers.keepalive_now |= state.timers.keepalive == 0 && seconds > 0;
+        state.timers.keepalive = seconds;
+    }
+    if let Some(wanted) = &update.preshared_key {
+        let wanted = (!wanted.is_none()).then(|| wanted.clone());
+        if state.preshared_key != wanted {
+            if let Some(remote) = &mut state.remote {
+                remote.set_preshared_key(wanted.as_ref());
+            }
+            state.preshared_key = wanted;
+            state.timers.hurry();
+        }
+    }
 }
 
 impl Tables {
-    fn set_identity(
-        &mut self,
-        key: Option<PrivateKey>,
-        now: Instant,
-        rng: &mut impl Rng,
-    ) -> Result<(), Refusal> {
-        let same = match (&self.identity, &key) {
-            (Some(old), Some(new)) => old.key.public() == new.public(),
-            (None, None) => true,
-            _ => false,
-        };
-        if same {
-            return Ok(());
-        }
-        // A device is no peer of itself.
-        if let Some(own) = key.as_ref().map(PrivateKey::public) {
-            self.remove_peer(&own);
-        }
-        self.identity = key.map(|key| Identity::new(key, now));
-        let peers: Vec<_> = self.peers.values().map(|entry| entry.peer.clone()).collect();
-        peers.iter().try_for_each(|peer| self.restart(peer, now, rng))
-    }
-
-    /// Gives the peer a fresh tunnel under a new index, or none while there is no private key.
-    fn restart(&mut self, peer: &Arc<Peer>, now: Instant, rng: &mut impl Rng) -> Result<(), Refusal> {
-        let mut state = peer.lock();
-        if let Some(index) = state.index {
-            self.indices.remove(index);
-        }
-        state.stop();
-        if let Some(identity) = &self.identity {
-            let index = self.indices.insert(peer.clone(), rng).ok_or(Refusal::TooManyPeers(peer.key))?;
-            state.restart(&identity.secret, &peer.key, identity.no_limit.clone(), index, now);
-        }
-        Ok(())
-    }
-
-    fn remove_all(&mut self) {
-        let keys: Vec<_> = self.peers.keys().copied().collect();
-        keys.iter().for_each(|key| self.remove_peer(key));
-    }
-
-    fn remove_peer(&mut self, key: &PublicKey) {
-        let Some(entry) = self.peers.remove(key) else { return };
-        for prefix in &entry.allowed_ips {
-            self.allowed_ips.remove(prefix);
-        }
-        let mut state = entry.peer.lock();
-        if let Some(index) = state.index {
-            self.indices.remove(index);
-        }
-        state.stop();
-    }
-
-    fn set_peer(
-        &mut self,
-        key: PublicKey,
-        update: &PeerUpdate,
-        now: Instant,
-        rng: &mut impl Rng,
-    ) -> Result<(), Refusal> {
-        if self.identity.as_ref().is_some_and(|id| id.key.public() == key) {
-            return Ok(());
-        }
-        let (peer, new) = match self.peers.get(&key) {
-            Some(entry) => (entry.peer.clone(), false),
-            None if update.update_only => return Ok(()),
-            None => {
-                let peer = Arc::new(Peer::new(key, now));
-                self.peers.insert(key, Entry { peer: peer.clone(), allowed_ips: Default::default() });
-                (peer, true)
-            }
-        };
-        let changed = self.set_fields(&peer, update);
-        if new || changed {
-            self.restart(&peer, now, rng)?;
-        }
+    fn set_allowed_ips(&mut self, peer: &Arc<Peer>, update: &PeerUpdate) {
         if update.replace_allowed_ips
-            && let Some(entry) = self.peers.get_mut(&key)
+            && let Some(member) = self.peers.get_mut(&peer.key)
         {
-            for prefix in std::mem::take(&mut entry.allowed_ips) {
+            for prefix in std::mem::take(&mut member.allowed_ips) {
                 self.allowed_ips.remove(&prefix);
             }
         }
         for prefix in &update.remove_allowed_ips {
-            self.remove_prefix(&key, prefix);
+            self.remove_prefix(&peer.key, prefix);
         }
         for prefix in &update.add_allowed_ips {
-            self.add_prefix(&peer, prefix.trunc());
+            self.add_prefix(peer, prefix.trunc());
         }
-        Ok(())
-    }
-
-    /// Sets the plain fields; true if the tunnel has to start afresh.
-    fn set_fields(&self, peer: &Peer, update: &PeerUpdate) -> bool {
-        let mut state = peer.lock();
-        if let Some(endpoint) = update.endpoint {
-            state.endpoint = Some(endpoint);
-        }
-        if let Some(seconds) = update.persistent_keepalive {
-            // A keepalive that is switched on is sent at once, and brings the tunnel up.
-            state.timers.keepalive_now |= state.timers.keepalive == 0 && seconds > 0;
-            state.timers.keepalive = seconds;
-        }
-        let Some(wanted) = &update.preshared_key else { return false };
-        let wanted = (!wanted.is_none()).then(|| wanted.clone());
-        let changed = state.preshared_key != wanted;
-        state.preshared_key = wanted;
-        changed
     }
 
     fn remove_prefix(&mut self, key: &PublicKey, prefix: &IpNet) {
-        if let Some(entry) = self.peers.get_mut(key)
-            && entry.allowed_ips.remove(&prefix.trunc())
+        if let Some(member) = self.peers.get_mut(key)
+            && member.allowed_ips.remove(&prefix.trunc())
         {
             self.allowed_ips.remove(&prefix.trunc());
         }
@@ -234,12 +244,12 @@ impl Tables {
 
     fn add_prefix(&mut self, peer: &Arc<Peer>, prefix: IpNet) {
         if let Some(previous) = self.allowed_ips.insert(prefix, peer.clone())
-            && let Some(entry) = self.peers.get_mut(&previous.key)
+            && let Some(member) = self.peers.get_mut(&previous.key)
         {
-            entry.allowed_ips.remove(&prefix);
+            member.allowed_ips.remove(&prefix);
         }
-        if let Some(entry) = self.peers.get_mut(&peer.key) {
-            entry.allowed_ips.insert(prefix);
+        if let Some(member) = self.peers.get_mut(&peer.key) {
+            member.allowed_ips.insert(prefix);
         }
     }
 }

@@ -50,6 +50,8 @@ drops! {
     CookieDemanded = "cookie_demanded",
     /// A handshake beyond its source's limit, in spite of a valid cookie.
     RateLimited = "rate_limited",
+    /// A handshake that came while more waited to be worked on than can.
+    HandshakeQueueFull = "handshake_queue_full",
     /// Authenticated, but not an IP packet of the length it says.
     BadInner = "bad_inner",
     /// Authenticated, but its inner source belongs to another peer or to none.

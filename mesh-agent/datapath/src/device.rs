@@ -1,94 +1,123 @@
 //! The device without I/O: what comes in, what goes out, and who is who.
+//!
+//! Packets pass through a [`Step`], which looks things up for a whole batch and takes no peer's lock. What is rare or
+//! slow (handshakes, packets without a session) it leaves in the outbox for [`Device::settle`].
 
 use std::collections::{BTreeSet, HashMap};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Instant;
 
-use boringtun::noise::handshake::parse_handshake_anon;
-use boringtun::noise::rate_limiter::RateLimiter;
-use boringtun::noise::{Packet, Tunn};
-use boringtun::x25519;
 use ipnet::IpNet;
 use keyservice::{PrivateKey, PublicKey};
-use rand::Rng;
+use rand::CryptoRng;
 
 use crate::allowed_ips::AllowedIps;
-use crate::batch::Outbox;
 use crate::counters::{Counters, Drop};
-use crate::gate::{COOKIE_REPLY, Gate, Verdict};
-use crate::index::{IndexTable, PeerIndex};
-use crate::ip_packet::IpPacket;
-use crate::peer::{Now, OVERHEAD, Peer};
-use crate::receive::Sources;
+use crate::gate::Gate;
+use crate::index::IndexTable;
+use crate::outbox::{Event, Outbox};
+use crate::peer::{Now, Peer};
+use crate::session::{Cipher, Session};
 
 /// MTU of a new tunnel: 1500 less IPv6 (40), UDP (8) and WireGuard (32).
 pub const DEFAULT_MTU: usize = 1420;
 
 /// A WireGuard device.
+///
+/// Locks are taken in this order: tables, a peer, indices. A [`Step`] holds the first and the last for reading and
+/// must not take a peer's.
 pub struct Device {
     pub(crate) tables: RwLock<Tables>,
+    pub(crate) indices: RwLock<IndexTable<Entry>>,
+    gate: Mutex<Option<Gate>>,
+    pub(crate) strays: Mutex<Strays>,
+    pub(crate) cipher: Cipher,
     mtu: AtomicUsize,
+    /// What times are counted from.
+    epoch: Instant,
     /// Packets dropped, by reason.
     pub drops: Counters,
 }
 
-/// Who is who. Read for every packet, written by configuration only.
+/// Who is who. Read for every batch, written by configuration only.
 #[derive(Default)]
 pub(crate) struct Tables {
-    pub(crate) identity: Option<Identity>,
-    pub(crate) peers: HashMap<PublicKey, Entry>,
-    pub(crate) indices: IndexTable<Arc<Peer>>,
+    pub(crate) identity: Option<Arc<Identity>>,
+    pub(crate) peers: HashMap<PublicKey, Member>,
     pub(crate) allowed_ips: AllowedIps<Arc<Peer>>,
 }
 
 /// A peer and its prefixes.
-pub(crate) struct Entry {
+pub(crate) struct Member {
     pub(crate) peer: Arc<Peer>,
     pub(crate) allowed_ips: BTreeSet<IpNet>,
 }
 
-/// The device's own key, and the guard of its handshakes.
+/// Whose an index is: a session's, or a handshake's that we began.
+#[derive(Clone)]
+pub(crate) struct Entry {
+    pub(crate) peer: Arc<Peer>,
+    pub(crate) session: Option<Arc<Session>>,
+}
+
+/// The device's own key.
 pub(crate) struct Identity {
     pub(crate) key: PrivateKey,
-    pub(crate) secret: x25519::StaticSecret,
-    pub(crate) public: x25519::PublicKey,
-    /// For every tunnel: the gate has checked mac1 and the limits, so this one is never under load.
-    pub(crate) no_limit: Arc<RateLimiter>,
-    gate: Mutex<Gate>,
+    pub(crate) noise: mesh_noise::Identity,
 }
 
 impl Identity {
-    pub(crate) fn new(key: PrivateKey, now: Instant) -> Self {
-        let secret = x25519::StaticSecret::from(*key.expose());
-        let public = x25519::PublicKey::from(&secret);
-        let gate = Mutex::new(Gate::new(&public, now));
-        let no_limit = Arc::new(RateLimiter::new(&public, u64::MAX));
-        Self { key, secret, public, no_limit, gate }
+    pub(crate) fn new(key: PrivateKey) -> Self {
+        let noise = mesh_noise::Identity::new(&key);
+        Self { key, noise }
     }
 }
 
-impl Sources for Tables {
-    fn belongs_to(&self, peer: &Peer, packet: &IpPacket) -> bool {
-        self.allowed_ips.longest_match(packet.source).is_some_and(|owner| owner.key == peer.key)
-    }
+/// How many stray packets may make us look for their sender.
+#[derive(Default)]
+pub(crate) struct Strays {
+    pub(crate) second: u64,
+    pub(crate) count: u32,
 }
 
 impl Default for Device {
     fn default() -> Self {
-        let (tables, drops) = (RwLock::default(), Counters::default());
-        Self { tables, mtu: AtomicUsize::new(DEFAULT_MTU), drops }
+        Self::new(Cipher::Sealed)
     }
 }
 
 impl Device {
+    /// Without a key.
+    #[allow(clippy::disallowed_methods)] // The clock's zero; every time comes in as an argument.
+    pub fn new(cipher: Cipher) -> Self {
+        Self {
+            tables: RwLock::default(),
+            indices: RwLock::default(),
+            gate: Mutex::default(),
+            strays: Mutex::default(),
+            cipher,
+            mtu: AtomicUsize::new(DEFAULT_MTU),
+            epoch: Instant::now(),
+            drops: Counters::default(),
+        }
+    }
+
     pub(crate) fn read(&self) -> RwLockReadGuard<'_, Tables> {
         self.tables.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn write(&self) -> RwLockWriteGuard<'_, Tables> {
         self.tables.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn indices(&self) -> RwLockWriteGuard<'_, IndexTable<Entry>> {
+        self.indices.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn gate(&self) -> MutexGuard<'_, Option<Gate>> {
+        self.gate.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The tunnel's MTU in bytes.
@@ -101,173 +130,80 @@ impl Device {
         self.mtu.store(mtu, Ordering::Relaxed);
     }
 
-    /// Takes an IP packet from the TUN: the first `length` bytes of `buffer`, which may be written to after
-    /// them.
-    pub fn handle_packet(&self, now: Now, buffer: &mut [u8], length: usize, out: &mut Outbox) {
-        let packet = buffer.get(..length).unwrap_or_default();
-        let Some(parsed) = IpPacket::parse(packet) else {
-            return self.drops.count(Drop::BadPacket);
-        };
-        let tables = self.read();
-        let Some(peer) = tables.allowed_ips.longest_match(parsed.destination) else {
-            return self.drops.count(Drop::NoPeer);
-        };
-        let sent = peer.lock().send_packet(now, buffer, length, self.mtu(), &mut out.network);
-        self.count(peer, sent);
+    /// Milliseconds of the device's clock, never 0.
+    pub(crate) fn ms(&self, now: Instant) -> u64 {
+        now.saturating_duration_since(self.epoch).as_millis() as u64 + 1
     }
 
-    /// Takes a datagram from the network.
-    pub fn handle_datagram(&self, now: Now, from: SocketAddr, datagram: &[u8], out: &mut Outbox) {
-        let result = match classify(datagram) {
-            Ok(Message::Data(index)) => self.handle_data(now, from, datagram, index, out),
-            Ok(Message::Initiation) => self.handle_initiation(now, from, datagram, out),
-            Ok(Message::Response(index)) => self.handle_response(now, from, datagram, index, out),
-            Ok(Message::Cookie(index)) => self.handle_cookie(now, from, datagram, index, out),
-            Err(reason) => Err(reason),
-        };
-        if let Err(reason) = result {
-            self.drops.count(reason);
+    /// Looks things up for a batch of packets. Configuration waits until it is dropped.
+    pub fn step(&self, now: Now) -> Step<'_> {
+        let tables = self.read();
+        let indices = self.indices.read().unwrap_or_else(PoisonError::into_inner);
+        Step { device: self, ms: self.ms(now.instant), mtu: self.mtu(), now, tables, indices, way: None }
+    }
+
+    /// Does at once what steps left over. An engine with a thread for handshakes picks the events itself.
+    pub fn settle(&self, now: Now, rng: &mut impl CryptoRng, out: &mut Outbox) {
+        // Nothing that is done here leaves an event behind.
+        for event in std::mem::take(&mut out.events) {
+            self.handle(now, event, rng, out);
         }
     }
 
-    fn handle_data(
-        &self,
-        now: Now,
-        from: SocketAddr,
-        datagram: &[u8],
-        index: PeerIndex,
-        out: &mut Outbox,
-    ) -> Result<(), Drop> {
-        let tables = self.read();
-        let peer = tables.indices.get(index).ok_or(Drop::UnknownIndex)?;
-        let result = peer.lock().receive_data(now, from, datagram, self.mtu(), (peer, &*tables), out);
-        self.count(peer, result);
-        Ok(())
-    }
-
-    fn handle_initiation(
-        &self,
-        now: Now,
-        from: SocketAddr,
-        datagram: &[u8],
-        out: &mut Outbox,
-    ) -> Result<(), Drop> {
-        let tables = self.read();
-        let identity = tables.identity.as_ref().ok_or(Drop::NoKey)?;
-        let Packet::HandshakeInit(initiation) = pass(identity, now, from, datagram, out)? else {
-            return Err(Drop::UnknownType);
-        };
-        let half = parse_handshake_anon(&identity.secret, &identity.public, &initiation)
-            .map_err(|_| Drop::BadAuth)?;
-        let key = PublicKey::from_bytes(half.peer_static_public);
-        let Entry { peer, .. } = tables.peers.get(&key).ok_or(Drop::UnknownPeer)?;
-        let result = peer.lock().receive_handshake(now, from, datagram, self.mtu(), &mut out.network);
-        self.count(peer, result);
-        Ok(())
-    }
-
-    fn handle_response(
-        &self,
-        now: Now,
-        from: SocketAddr,
-        datagram: &[u8],
-        index: PeerIndex,
-        out: &mut Outbox,
-    ) -> Result<(), Drop> {
-        let tables = self.read();
-        let identity = tables.identity.as_ref().ok_or(Drop::NoKey)?;
-        let peer = tables.indices.get(index).ok_or(Drop::UnknownIndex)?;
-        pass(identity, now, from, datagram, out)?;
-        let result = peer.lock().receive_handshake(now, from, datagram, self.mtu(), &mut out.network);
-        self.count(peer, result);
-        Ok(())
-    }
-
-    fn handle_cookie(
-        &self,
-        now: Now,
-        from: SocketAddr,
-        datagram: &[u8],
-        index: PeerIndex,
-        out: &mut Outbox,
-    ) -> Result<(), Drop> {
-        let tables = self.read();
-        let peer = tables.indices.get(index).ok_or(Drop::UnknownIndex)?;
-        let result = peer.lock().receive_handshake(now, from, datagram, self.mtu(), &mut out.network);
-        self.count(peer, result);
-        Ok(())
-    }
-
-    /// Lets time pass; returns when to come back at the latest.
-    pub fn tick(&self, now: Now, rng: &mut impl Rng, out: &mut Outbox) -> Option<Instant> {
-        let tables = self.read();
-        if let Some(identity) = &tables.identity {
-            identity.gate.lock().unwrap_or_else(PoisonError::into_inner).forget_quiet(now.instant);
+    /// Does what one event asks for.
+    pub(crate) fn handle(&self, now: Now, event: Event, rng: &mut impl CryptoRng, out: &mut Outbox) {
+        match event {
+            Event::Confirmed(peer, session) => self.confirm(now, &peer, &session, out),
+            Event::Stage(peer, packet) => {
+                if self.stage(now, &peer, packet, out) {
+                    self.initiate(now, &peer, rng, out);
+                }
+            }
+            Event::Message(from, message) => match self.pass(now, from, message.bytes(), rng, out) {
+                Ok(()) => self.handle_handshake(now, from, message.bytes(), rng, out),
+                Err(reason) => self.drops.count(reason),
+            },
+            Event::Stray(from) => self.handle_stray(now, from, rng, out),
+            Event::Initiate(peer) => self.initiate(now, &peer, rng, out),
         }
-        let mut tick = |peer: &Peer| peer.tick(now, self.mtu(), &self.drops, rng, &mut out.network);
-        tables.peers.values().filter_map(|entry| tick(&entry.peer)).min()
+        out.seal();
     }
 
-    fn count(&self, peer: &Peer, result: Result<(), Drop>) {
-        if let Err(reason) = result {
-            peer.drops.count(reason);
-            self.drops.count(reason);
-        }
+    /// Takes an IP packet from the TUN.
+    pub fn handle_packet(&self, now: Now, packet: &[u8], rng: &mut impl CryptoRng, out: &mut Outbox) {
+        self.step(now).send(packet, out);
+        out.seal();
+        self.settle(now, rng, out);
+    }
+
+    /// Takes a datagram from the network, and leaves the packet for the TUN in it.
+    pub fn handle_datagram(
+        &self,
+        now: Now,
+        from: SocketAddr,
+        datagram: &mut [u8],
+        rng: &mut impl CryptoRng,
+        out: &mut Outbox,
+    ) {
+        let length = datagram.len();
+        self.step(now).receive(from, 0, datagram, length, out);
+        self.settle(now, rng, out);
+    }
+
+    pub(crate) fn count(&self, peer: &Peer, reason: Drop, packets: u64) {
+        peer.drops.add(reason, packets);
+        self.drops.add(reason, packets);
     }
 }
 
-/// Asks the gate; a cookie reply goes straight back.
-fn pass<'a>(
-    identity: &Identity,
-    now: Now,
-    from: SocketAddr,
-    datagram: &'a [u8],
-    out: &mut Outbox,
-) -> Result<Packet<'a>, Drop> {
-    let mut reply = [0; COOKIE_REPLY];
-    let mut gate = identity.gate.lock().unwrap_or_else(PoisonError::into_inner);
-    match gate.check(now.instant, from, datagram, &mut reply) {
-        Verdict::Pass(packet) => Ok(packet),
-        Verdict::Drop(reason) => Err(reason),
-        Verdict::Cookie(length) => {
-            out.network.push(reply.get(..length).unwrap_or_default(), from);
-            Err(Drop::CookieDemanded)
-        }
-    }
-}
-
-/// A datagram's type, with the peer's part of the receiver index.
-enum Message {
-    Initiation,
-    Response(PeerIndex),
-    Cookie(PeerIndex),
-    Data(PeerIndex),
-}
-
-fn classify(datagram: &[u8]) -> Result<Message, Drop> {
-    let word = |at: usize| {
-        let bytes = datagram.get(at..at + 4).ok_or(Drop::Truncated)?;
-        Ok(u32::from_le_bytes(bytes.try_into().map_err(|_| Drop::Truncated)?))
-    };
-    // The type and three reserved bytes, which are zero.
-    let (length, longer_is_fine) = match word(0)? {
-        1 => (148, false),
-        2 => (92, false),
-        3 => (64, false),
-        4 => (OVERHEAD, true),
-        _ => return Err(Drop::UnknownType),
-    };
-    if datagram.len() < length {
-        return Err(Drop::Truncated);
-    }
-    if datagram.len() > length && !longer_is_fine {
-        return Err(Drop::Oversized);
-    }
-    match Tunn::parse_incoming_packet(datagram) {
-        Ok(Packet::HandshakeInit(_)) => Ok(Message::Initiation),
-        Ok(Packet::HandshakeResponse(p)) => Ok(Message::Response(PeerIndex::of(p.receiver_idx))),
-        Ok(Packet::PacketCookieReply(p)) => Ok(Message::Cookie(PeerIndex::of(p.receiver_idx))),
-        Ok(Packet::PacketData(p)) => Ok(Message::Data(PeerIndex::of(p.receiver_idx))),
-        Err(_) => Err(Drop::UnknownType),
-    }
+/// A batch of packets under way.
+pub struct Step<'a> {
+    pub(crate) device: &'a Device,
+    pub(crate) now: Now,
+    pub(crate) ms: u64,
+    pub(crate) mtu: usize,
+    pub(crate) tables: RwLockReadGuard<'a, Tables>,
+    pub(crate) indices: RwLockReadGuard<'a, IndexTable<Entry>>,
+    /// Where the last packet went.
+    pub(crate) way: Option<crate::transmit::Way>,
 }

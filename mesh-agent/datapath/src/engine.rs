@@ -1,10 +1,11 @@
 //! Runs a device on its TUN and its sockets: a thread each for packets out (TUN read, seal, send), packets
-//! in (receive, open, TUN write), and time.
+//! in (receive, open, TUN write), and everything slow: handshakes and time.
 
 use std::io::{self, PipeReader, PipeWriter, Read as _, Write as _};
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::mpsc::Sender;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
@@ -13,28 +14,33 @@ use mesh_uapi::Op;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use crate::batch::{Batch, Outbox, Run};
+use crate::batch::Batch;
 use crate::configure::{self, Refusal, SocketChange};
 use crate::counters::Drop;
-use crate::device::Device;
+use crate::device::{Device, Step};
 use crate::offload::Offload;
 use crate::offload::coalesce::coalesce;
 use crate::offload::split::{SuperPacket, complete_checksum};
 use crate::offload::vnet_header::VnetHeader;
+use crate::outbox::{Event, Outbox};
 use crate::peer::Now;
+use crate::session::Cipher;
 use crate::tun::{Large, Tun};
-use crate::udp::{self, Sockets};
+use crate::udp::Sockets;
+use crate::udp::many::{self, MESSAGE, RECEIVED};
 
-/// Reads before what they caused is sent.
+/// Reads before the sender looks whether anything else is to be done.
 const BATCH: usize = 64;
-/// Packets that wait to be sent before no more is read: about what one send or write holds.
+/// Packets that wait to be sent before no more is read: about what one send holds.
 const FULL: usize = 64;
-/// Room for padding behind a packet.
-const PADDING: usize = 16;
-/// Any packet with its header, or datagram, and room for padding.
-const BUFFER: usize = VnetHeader::SIZE + 65_536 + PADDING;
+/// Any packet with its header.
+const BUFFER: usize = VnetHeader::SIZE + 65_536;
 /// How often time passes for the peers.
 const TICK: Duration = Duration::from_millis(250);
+/// Handshakes that wait to be worked on; at 0.3 ms each they take as long as a retry.
+const QUEUE: usize = 4096;
+/// Handshakes between two looks at the clock.
+const HANDSHAKES: usize = 32;
 
 /// Why the device ends.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -82,6 +88,9 @@ pub struct Engine {
     woken: PipeReader,
     /// One request at a time.
     configuring: Mutex<()>,
+    /// What the thread for everything slow is to do.
+    slow: SyncSender<Event>,
+    events: Mutex<Option<Receiver<Event>>>,
 }
 
 /// The clock, read once a step.
@@ -91,12 +100,14 @@ pub fn now() -> Now {
 
 impl Engine {
     /// A device without a key on `tun` and `sockets`.
-    pub fn new(tun: Tun, sockets: Sockets, offload: Offload) -> io::Result<Arc<Self>> {
+    pub fn new(tun: Tun, sockets: Sockets, offload: Offload, cipher: Cipher) -> io::Result<Arc<Self>> {
         let (woken, wake) = io::pipe()?;
-        let device = Device::default();
+        let device = Device::new(cipher);
         device.set_mtu(tun.mtu()?);
         let sockets = RwLock::new(Arc::new(sockets));
-        Ok(Arc::new(Self { device, tun, offload, sockets, wake, woken, configuring: Mutex::new(()) }))
+        let (slow, events) = sync_channel(QUEUE);
+        let (configuring, events) = (Mutex::new(()), Mutex::new(Some(events)));
+        Ok(Arc::new(Self { device, tun, offload, sockets, wake, woken, configuring, slow, events }))
     }
 
     /// The TUN.
@@ -114,7 +125,7 @@ impl Engine {
         let _one = self.configuring.lock().unwrap_or_else(PoisonError::into_inner);
         configure::check(ops)?;
         self.change_sockets(SocketChange::of(ops))?;
-        self.device.apply(ops, Instant::now(), &mut rand::rng())?;
+        self.device.apply(ops)?;
         Ok(())
     }
 
@@ -134,7 +145,7 @@ impl Engine {
     pub fn start(self: &Arc<Self>, exit: &Sender<Exit>) -> io::Result<()> {
         type Job = fn(&Engine) -> Exit;
         let jobs: [(&str, Job); 3] =
-            [("tx", Engine::transmit), ("rx", Engine::receive), ("timer", Engine::tick)];
+            [("tx", Engine::transmit), ("rx", Engine::receive), ("slow", Engine::slow)];
         for (name, job) in jobs {
             let (engine, exit) = (self.clone(), exit.clone());
             thread::Builder::new().name(name.to_owned()).spawn(move || {
@@ -147,62 +158,53 @@ impl Engine {
 
     /// TUN to network.
     fn transmit(&self) -> Exit {
-        let (mut buffer, mut segment) = (vec![0; BUFFER], vec![0; BUFFER]);
+        let mut buffer = vec![0; BUFFER];
         let mut out = Outbox::default();
         loop {
             if let Err(e) = wait(&mut [PollFd::new(self.tun.as_fd(), PollFlags::POLLIN)]) {
                 return Exit::Failed(format!("poll on the TUN: {e}"));
             }
-            let now = now();
-            for _ in 0..BATCH {
-                match self.tun.read(buffer.get_mut(..BUFFER - PADDING).unwrap_or_default()) {
-                    Ok((header, Range { start, end })) => {
-                        let packet = buffer.get_mut(start..).unwrap_or_default();
-                        if self.seal(now, &header, (packet, end - start), &mut segment, &mut out).is_none() {
-                            self.device.drops.count(Drop::BadPacket);
-                        }
-                    }
-                    Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
-                    Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                    // The interface is gone from under the descriptor.
-                    Err(e) if e.raw_os_error() == Some(libc::EBADFD) => return Exit::InterfaceDeleted,
-                    Err(e) => return Exit::Failed(format!("read from the TUN: {e}")),
+            let mut more = true;
+            while more {
+                let now = now();
+                let mut step = self.device.step(now);
+                match self.read_packets(&mut step, &mut buffer, &mut out) {
+                    Ok(full) => more = full,
+                    Err(exit) => return exit,
                 }
-                if out.network.len() >= FULL {
-                    self.flush(&mut out);
-                }
+                out.seal();
+                drop(step);
+                self.finish(now, &mut out);
             }
-            self.flush(&mut out);
         }
     }
 
-    /// Hands the device a packet from the TUN, the first `length` bytes of `buffer`, with its checksum complete;
-    /// a large one piece by piece. `None` if it is not what its header says.
-    fn seal(
-        &self,
-        now: Now,
-        header: &VnetHeader,
-        (buffer, length): (&mut [u8], usize),
-        segment: &mut [u8],
-        out: &mut Outbox,
-    ) -> Option<()> {
-        let packet = buffer.get_mut(..length)?;
-        if !header.is_segmented() {
-            complete_checksum(header, packet)?;
-            self.device.handle_packet(now, buffer, length, out);
-            return Some(());
+    /// Reads until there is enough to send; false if there is no more for now.
+    fn read_packets(&self, step: &mut Step<'_>, buffer: &mut [u8], out: &mut Outbox) -> Result<bool, Exit> {
+        for _ in 0..BATCH {
+            match self.tun.read(buffer) {
+                Ok((header, Range { start, end })) => {
+                    let packet = buffer.get_mut(start..end).unwrap_or_default();
+                    if split(step, &header, packet, out).is_none() {
+                        self.device.drops.count(Drop::BadPacket);
+                    }
+                }
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                // The interface is gone from under the descriptor.
+                Err(e) if e.raw_os_error() == Some(libc::EBADFD) => return Err(Exit::InterfaceDeleted),
+                Err(e) => return Err(Exit::Failed(format!("read from the TUN: {e}"))),
+            }
+            if out.network.len() >= FULL {
+                break;
+            }
         }
-        let large = SuperPacket::parse(header, packet)?;
-        for n in 0..large.count() {
-            let length = large.write(n, segment)?;
-            self.device.handle_packet(now, segment, length, out);
-        }
-        Some(())
+        Ok(true)
     }
 
     /// Network to TUN.
     fn receive(&self) -> Exit {
-        let mut buffer = vec![0; BUFFER];
+        let mut buffer = vec![0; RECEIVED * MESSAGE];
         let mut out = Outbox::default();
         let mut sockets = self.sockets();
         loop {
@@ -214,26 +216,13 @@ impl Engine {
                 return Exit::Failed(format!("poll on the sockets: {e}"));
             }
             let woken = ready.first().and_then(PollFd::any).unwrap_or(false);
-            let now = now();
-            for socket in sockets.all() {
-                for _ in 0..BATCH {
-                    match udp::receive(socket, &mut buffer) {
-                        Ok((from, length, segment)) => {
-                            let datagrams = buffer.get(..length).unwrap_or_default();
-                            for datagram in (Run { bytes: datagrams, segment, to: &from }).packets() {
-                                self.device.handle_datagram(now, from, datagram, &mut out);
-                            }
-                        }
-                        Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
-                        // An error that ICMP left on the socket: reported once, and of no use here.
-                        Err(e) => tracing::debug!("receive: {e}"),
-                    }
-                    if out.tun.len() >= FULL {
-                        self.flush(&mut out);
-                    }
+            let mut more = !woken;
+            while more {
+                more = false;
+                for socket in sockets.all() {
+                    more |= self.receive_some(socket, &mut buffer, &mut out);
                 }
             }
-            self.flush(&mut out);
             if woken {
                 let _ = (&self.woken).read(&mut [0; 64]);
                 sockets = self.sockets();
@@ -241,43 +230,132 @@ impl Engine {
         }
     }
 
-    /// Time.
-    fn tick(&self) -> Exit {
+    /// Takes what one call gives; true if there may be more.
+    fn receive_some(&self, socket: &std::net::UdpSocket, buffer: &mut [u8], out: &mut Outbox) -> bool {
+        let mut messages = [None; RECEIVED];
+        let count = match many::receive(socket, buffer, &mut messages) {
+            Ok(count) => count,
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return false,
+            // An error that ICMP left on the socket: reported once, and of no use here.
+            Err(e) => {
+                tracing::debug!("receive: {e}");
+                return true;
+            }
+        };
+        let now = now();
+        let mut step = self.device.step(now);
+        for (n, message) in messages.iter().enumerate().take(count) {
+            let Some(message) = message else { continue };
+            let base = n * MESSAGE;
+            let bytes = buffer.get_mut(base..base + message.length).unwrap_or_default();
+            step.receive(message.from, base, bytes, message.segment, out);
+        }
+        drop(step);
+        self.deliver(buffer, &out.packets);
+        self.finish(now, out);
+        count == RECEIVED
+    }
+
+    /// Handshakes and time.
+    fn slow(&self) -> Exit {
+        let events = self.events.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(events) = events else { return Exit::Failed("started twice".to_owned()) };
         let mut out = Outbox::default();
         let mut rng = rand::rng();
+        let mut due = Instant::now();
         loop {
+            let event = match events.recv_timeout(due.saturating_duration_since(Instant::now())) {
+                Ok(event) => Some(event),
+                Err(RecvTimeoutError::Timeout) => None,
+                Err(RecvTimeoutError::Disconnected) => return Exit::Failed("no thread is left".to_owned()),
+            };
             let now = now();
-            match self.tun.mtu() {
-                Ok(mtu) => self.device.set_mtu(mtu),
-                // Deleted, which the reader sees too, or moved to another namespace: the last one stays.
-                Err(e) => tracing::trace!("{}: MTU: {e}", self.tun.name()),
+            for event in event.into_iter().chain(events.try_iter()).take(HANDSHAKES) {
+                match event {
+                    // The gate let it through already.
+                    Event::Message(from, message) => {
+                        self.device.handle_handshake(now, from, message.bytes(), &mut rng, &mut out);
+                    }
+                    event => self.device.handle(now, event, &mut rng, &mut out),
+                }
             }
-            let early = self.device.tick(now, &mut rng, &mut out);
-            self.flush(&mut out);
-            let pause = early.map_or(TICK, |at| at.saturating_duration_since(now.instant).min(TICK));
-            thread::sleep(pause.max(Duration::from_millis(1)));
+            if due <= now.instant {
+                match self.tun.mtu() {
+                    Ok(mtu) => self.device.set_mtu(mtu),
+                    // Deleted, which the reader sees too, or moved to another namespace: the last one stays.
+                    Err(e) => tracing::trace!("{}: MTU: {e}", self.tun.name()),
+                }
+                let early = self.device.tick(now, &mut rng, &mut out);
+                let pause = early.map_or(TICK, |at| at.saturating_duration_since(now.instant).min(TICK));
+                due = now.instant + pause.max(Duration::from_millis(1));
+            }
+            out.seal();
+            self.finish(now, &mut out);
         }
     }
 
-    fn flush(&self, out: &mut Outbox) {
+    /// Sends the datagrams and passes on what is left to do.
+    fn finish(&self, now: Now, out: &mut Outbox) {
         self.send(&out.network);
-        let packets = out.tun.iter().map(|(packet, ())| packet);
+        out.network.clear();
+        out.packets.clear();
+        if out.has_events() {
+            self.sort(now, out);
+            out.seal();
+            self.send(&out.network);
+            out.clear();
+        }
+    }
+
+    /// Does what is quick, and hands the rest to the thread for it.
+    fn sort(&self, now: Now, out: &mut Outbox) {
+        let mut rng = rand::rng();
+        for event in out.take_events() {
+            let slow = match event {
+                Event::Confirmed(peer, session) => {
+                    self.device.confirm(now, &peer, &session, out);
+                    continue;
+                }
+                Event::Stage(peer, packet) => {
+                    let wanted = self.device.stage(now, &peer, packet, out);
+                    if !wanted || peer.wanted.swap(true, Ordering::Relaxed) {
+                        continue;
+                    }
+                    Event::Initiate(peer)
+                }
+                Event::Message(from, message) => {
+                    if let Err(reason) = self.device.pass(now, from, message.bytes(), &mut rng, out) {
+                        self.device.drops.count(reason);
+                        continue;
+                    }
+                    event
+                }
+                Event::Stray(_) | Event::Initiate(_) => event,
+            };
+            if self.slow.try_send(slow).is_err() {
+                self.device.drops.count(Drop::HandshakeQueueFull);
+            }
+        }
+    }
+
+    /// Packets to the TUN, which are these places of the buffer.
+    fn deliver(&self, buffer: &[u8], places: &[Range<usize>]) {
+        let packets = places.iter().filter_map(|place| buffer.get(place.clone()));
         match self.tun.large() {
-            Large::No => packets.for_each(|packet| self.deliver(packet)),
+            Large::No => packets.for_each(|packet| self.write(packet)),
             large => {
                 for burst in coalesce(packets, large == Large::TcpAndUdp) {
                     let joined =
                         burst.head().is_some_and(|head| self.tun.write_joined(&head, &burst).is_ok());
                     if !joined {
-                        burst.packets().for_each(|packet| self.deliver(packet));
+                        burst.packets().for_each(|packet| self.write(packet));
                     }
                 }
             }
         }
-        out.clear();
     }
 
-    fn deliver(&self, packet: &[u8]) {
+    fn write(&self, packet: &[u8]) {
         if self.tun.write(packet).is_err() {
             self.device.drops.count(Drop::TunWriteFailed);
         }
@@ -288,13 +366,31 @@ impl Engine {
             return;
         }
         let sockets = self.sockets();
-        for run in batch.runs() {
-            if let Err((failed, e)) = sockets.send(&run) {
+        let mut runs = batch.runs().peekable();
+        while let Some(first) = runs.next() {
+            let mut list = [first; many::SENT];
+            let mut count = 1;
+            for (place, run) in list.iter_mut().skip(1).zip(&mut runs) {
+                *place = run;
+                count += 1;
+            }
+            sockets.send(list.get(..count).unwrap_or_default(), |run, failed, e| {
                 tracing::debug!("send to {}: {e}", run.to);
                 self.device.drops.add(Drop::SendFailed, failed);
-            }
+            });
         }
     }
+}
+
+/// Hands the core a packet from the TUN with its checksum complete; a large one piece by piece. `None` if it is not
+/// what its header says.
+fn split(step: &mut Step<'_>, header: &VnetHeader, packet: &mut [u8], out: &mut Outbox) -> Option<()> {
+    if header.is_segmented() {
+        return step.send_large(&SuperPacket::parse(header, packet)?, out);
+    }
+    complete_checksum(header, packet)?;
+    step.send(packet, out);
+    Some(())
 }
 
 /// Waits until one is ready, or in error.

@@ -1,88 +1,76 @@
 //! Who may make us compute a handshake.
 //!
-//! boringtun's limiter counts all handshakes together, so that one flooder puts every peer under load, and
-//! its cookie ignores the source port. Here each source has a bucket of its own. A source beyond it must
-//! return a cookie, which proves that it receives what is sent to its address *and port*; with the cookie
-//! it has a second bucket, so that forged sources cannot drain the one of the real owner. Only when all
-//! together send more than [`TOTAL_RATE`] does everyone need a cookie.
+//! Each source has a bucket of its own. A source beyond it must return a cookie, which proves that it receives what
+//! is sent to its address *and port*; with the cookie it has a second bucket, so that forged sources cannot drain
+//! the one of the real owner. Only when all together send more than [`TOTAL_RATE`] does everyone need a cookie.
 
-use std::hash::{BuildHasher, RandomState};
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use boringtun::noise::errors::WireGuardError;
-use boringtun::noise::rate_limiter::RateLimiter;
-use boringtun::noise::{Packet, TunnResult};
-use boringtun::x25519;
+use mesh_noise::message::COOKIE_REPLY;
+use mesh_noise::{CookieMaker, Identity};
+use rand::CryptoRng;
 
 use crate::counters::Drop;
 use crate::limiter::SourceLimiter;
 
 /// Handshakes a second from all sources beyond which everyone needs a cookie. One costs about 0.3 ms.
 pub const TOTAL_RATE: u32 = 1000;
-/// Length of a cookie reply.
-pub const COOKIE_REPLY: usize = 64;
 
 /// What became of a handshake message.
-pub enum Verdict<'a> {
+#[derive(Debug, PartialEq, Eq)]
+pub enum Verdict {
     /// It may be worked on.
-    Pass(Packet<'a>),
-    /// Send this many bytes of the reply buffer back to the source.
-    Cookie(usize),
+    Pass,
+    /// This goes back to the source instead.
+    Cookie([u8; COOKIE_REPLY]),
     /// Drop it.
     Drop(Drop),
 }
 
 /// The guard of one private key.
 pub struct Gate {
-    /// Checks mac1 only.
-    open: RateLimiter,
-    /// Is always under load: demands a cookie.
-    strict: RateLimiter,
-    /// Turns a source address and port into the address that the cookie is made for.
-    binding: [RandomState; 2],
+    cookies: CookieMaker,
     first: SourceLimiter,
     with_cookie: SourceLimiter,
     window: (Instant, u32),
 }
 
 impl Gate {
-    /// For the device whose public key this is.
-    pub fn new(public: &x25519::PublicKey, now: Instant) -> Self {
+    /// With all buckets full.
+    pub fn new(now: Instant, rng: &mut impl CryptoRng) -> Self {
         Self {
-            open: RateLimiter::new(public, u64::MAX),
-            strict: RateLimiter::new(public, 0),
-            binding: [RandomState::new(), RandomState::new()],
+            cookies: CookieMaker::new(now, rng),
             first: SourceLimiter::default(),
             with_cookie: SourceLimiter::default(),
             window: (now, 0),
         }
     }
 
-    /// Judges a handshake initiation or response. A cookie reply is written to `reply`.
-    pub fn check<'a>(
+    /// Judges a handshake initiation or response to `identity`.
+    pub fn check(
         &mut self,
+        identity: &Identity,
         now: Instant,
         from: SocketAddr,
-        message: &'a [u8],
-        reply: &mut [u8; COOKIE_REPLY],
-    ) -> Verdict<'a> {
+        message: &[u8],
+        rng: &mut impl CryptoRng,
+    ) -> Verdict {
         // Without the right mac1 a message says nothing, so it takes no token either.
-        let packet = match self.open.verify_packet(None, message, reply) {
-            Ok(packet) => packet,
-            Err(TunnResult::Err(WireGuardError::InvalidMac)) => return Verdict::Drop(Drop::BadMac),
-            Err(_) => return Verdict::Drop(Drop::UnknownType),
-        };
+        if !identity.check_mac1(message) {
+            return Verdict::Drop(Drop::BadMac);
+        }
         let all_busy = self.count(now);
         if !all_busy && self.first.take(from.ip(), now) {
-            return Verdict::Pass(packet);
+            return Verdict::Pass;
         }
-        let bound = Some(self.bound_address(from));
-        match self.strict.verify_packet(bound, message, reply) {
-            Ok(packet) if self.with_cookie.take(from.ip(), now) => Verdict::Pass(packet),
-            Ok(_) => Verdict::Drop(Drop::RateLimited),
-            Err(TunnResult::WriteToNetwork(cookie)) => Verdict::Cookie(cookie.len()),
-            Err(_) => Verdict::Drop(Drop::BadMac),
+        self.cookies.rotate(now, rng);
+        if !self.cookies.check_mac2(from, message) {
+            return Verdict::Cookie(self.cookies.reply(identity, from, message, rng));
+        }
+        match self.with_cookie.take(from.ip(), now) {
+            true => Verdict::Pass,
+            false => Verdict::Drop(Drop::RateLimited),
         }
     }
 
@@ -95,14 +83,6 @@ impl Gate {
         }
         *count = count.saturating_add(1);
         *count > TOTAL_RATE
-    }
-
-    fn bound_address(&self, from: SocketAddr) -> IpAddr {
-        let mut bytes = [0; 16];
-        for (half, key) in bytes.chunks_exact_mut(8).zip(&self.binding) {
-            half.copy_from_slice(&key.hash_one((from.ip(), from.port())).to_be_bytes());
-        }
-        IpAddr::from(bytes)
     }
 
     /// Drops the sources that have gone quiet.

@@ -1,30 +1,14 @@
-//! Receiver indices. The protocol core takes 24 bits from its caller and counts its handshakes in the low 8.
+//! Receiver indices: how a datagram names the session it belongs to.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 
 use rand::Rng;
 
-/// The 24 bits of a message's receiver index that name the peer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct PeerIndex(u32);
-
-impl PeerIndex {
-    /// Of a receiver index on the wire.
-    pub fn of(receiver_index: u32) -> Self {
-        Self(receiver_index >> 8)
-    }
-
-    /// As `Tunn::new` wants it.
-    pub fn get(self) -> u32 {
-        self.0
-    }
-}
-
 /// Who has which index. They are random, so that one tells nothing about another peer's or about how many
 /// there are.
 #[derive(Debug)]
-pub struct IndexTable<V>(HashMap<PeerIndex, V>);
+pub struct IndexTable<V>(HashMap<u32, V>);
 
 impl<V> Default for IndexTable<V> {
     fn default() -> Self {
@@ -34,13 +18,13 @@ impl<V> Default for IndexTable<V> {
 
 impl<V> IndexTable<V> {
     /// Gives `value` an unused index; `None` if there is none left.
-    pub fn insert(&mut self, value: V, rng: &mut impl Rng) -> Option<PeerIndex> {
-        if self.0.len() >= 1 << 23 {
-            // Half full: random tries would take long, and 8 million peers do not fit anyway.
+    pub fn insert(&mut self, value: V, rng: &mut impl Rng) -> Option<u32> {
+        if self.0.len() >= 1 << 31 {
+            // Half full: random tries would take long.
             return None;
         }
         loop {
-            let index = PeerIndex(rng.random::<u32>() >> 8);
+            let index = rng.random();
             if let Entry::Vacant(entry) = self.0.entry(index) {
                 entry.insert(value);
                 return Some(index);
@@ -48,19 +32,36 @@ impl<V> IndexTable<V> {
         }
     }
 
+    /// Puts `value` in the place of what has `index`.
+    pub fn replace(&mut self, index: u32, value: V) {
+        self.0.insert(index, value);
+    }
+
     /// Frees an index.
-    pub fn remove(&mut self, index: PeerIndex) {
+    pub fn remove(&mut self, index: u32) {
         self.0.remove(&index);
     }
 
     /// Who has `index`.
-    pub fn get(&self, index: PeerIndex) -> Option<&V> {
+    pub fn get(&self, index: u32) -> Option<&V> {
         self.0.get(&index)
+    }
+
+    /// How many are taken.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether none is.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
     }
 }
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
+
     use super::*;
     use rand::SeedableRng;
 
@@ -72,10 +73,10 @@ mod tests {
         for (n, index) in given.iter().enumerate() {
             assert_eq!(table.get(*index), Some(&n));
         }
-        let steps = given.windows(2).filter(|w| w[1].0 == w[0].0.wrapping_add(1)).count();
+        let steps = given.windows(2).filter(|w| w[1] == w[0].wrapping_add(1)).count();
         assert!(steps < 3, "indices are counted up, not random");
         // Spread over the whole range: each of 16 parts gets some.
-        let parts: std::collections::HashSet<_> = given.iter().map(|i| i.0 >> 20).collect();
+        let parts: std::collections::HashSet<_> = given.iter().map(|i| i >> 28).collect();
         assert_eq!(parts.len(), 16);
     }
 }

@@ -11,6 +11,7 @@ use mesh_datapath::engine::{Engine, Exit};
 use mesh_datapath::offload::{self, Offload};
 use mesh_datapath::process::{daemon, notify, privileges, signals};
 use mesh_datapath::server::{self, Server};
+use mesh_datapath::session::Cipher;
 use mesh_datapath::tun::{self, Tun};
 use mesh_datapath::udp::Sockets;
 use tracing_subscriber::EnvFilter;
@@ -50,10 +51,9 @@ fn start_log() {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| {
         EnvFilter::new(match std::env::var("LOG_LEVEL").as_deref() {
             Ok("verbose" | "debug") => "debug",
-            Ok("error") => "error,boringtun=off",
+            Ok("error") => "error",
             Ok("silent") => "off",
-            // The core calls each tunnel that goes idle an error.
-            _ => "info,boringtun=off",
+            _ => "info",
         })
     });
     let ansi = std::io::stderr().is_terminal();
@@ -67,7 +67,8 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
     server::claim(&path)?;
     let offload = offloads()?;
     let tun = Tun::open(name, offload.tun)?;
-    let engine = Engine::new(tun, Sockets::bind(0, 0, offload.udp).context("UDP sockets")?, offload)?;
+    let sockets = Sockets::bind(0, 0, offload.udp).context("UDP sockets")?;
+    let engine = Engine::new(tun, sockets, offload, cipher())?;
     match serve(arguments, &path, &engine)? {
         // As after a crash, the interface stays: its packets must not take another road.
         Exit::Failed(why) => anyhow::bail!("{name}: {why}"),
@@ -88,6 +89,15 @@ fn offloads() -> anyhow::Result<Offload> {
         .to_str()
         .and_then(Offload::parse)
         .with_context(|| format!("{}={}: not on, off, tun or udp", offload::VARIABLE, value.display()))
+}
+
+/// ChaCha20-Poly1305, unless a bench wants to know what all the rest costs.
+fn cipher() -> Cipher {
+    if std::env::var_os("MARGAY_NULL_CRYPTO").is_none_or(|value| value != "1") {
+        return Cipher::Sealed;
+    }
+    tracing::error!("MARGAY_NULL_CRYPTO=1: PACKETS ARE NOT ENCRYPTED. For measuring only");
+    Cipher::Null
 }
 
 /// Runs the engine until it ends.

@@ -1,140 +1,167 @@
-//! What arrives for one peer: opened, checked, and only then believed.
+//! Datagrams from the network: opened, checked, and only then believed.
 
 use std::net::SocketAddr;
 
-use boringtun::noise::TunnResult;
-use boringtun::noise::errors::WireGuardError;
+use mesh_noise::message::HEADER;
+use mesh_noise::replay::REJECT_AFTER_MESSAGES;
+use mesh_noise::{Datagram, MessageError, OpenError, classify};
 
-use crate::batch::{Batch, Outbox};
 use crate::counters::Drop;
+use crate::device::{Entry, Step};
 use crate::ip_packet::IpPacket;
-use crate::peer::{INITIATION, Now, Peer, State, tunn_has_session};
+use crate::outbox::{Event, HandshakeMessage, Outbox};
+use crate::peer::Peer;
+use crate::session::{BURST, Session};
 
-/// Counters from here on are refused (REJECT_AFTER_MESSAGES, WireGuard paper 6.2). boringtun adds to them
-/// unchecked.
-pub const REJECT_AFTER_MESSAGES: u64 = u64::MAX - (1 << 13);
-
-/// Who may send from where, asked for each inner source.
-pub trait Sources {
-    /// Whether the longest prefix that holds the source is this peer's.
-    fn belongs_to(&self, peer: &Peer, packet: &IpPacket) -> bool;
+/// Data messages of one session in a row, and where each is in the buffer.
+struct Group<'b> {
+    receiver: u32,
+    datagrams: [(u64, &'b mut [u8]); BURST],
+    starts: [usize; BURST],
+    length: usize,
 }
 
-impl State {
-    /// Handles a handshake message or cookie reply that is for this peer.
-    pub(crate) fn receive_handshake(
-        &mut self,
-        now: Now,
-        from: SocketAddr,
-        message: &[u8],
-        mtu: usize,
-        out: &mut Batch<SocketAddr>,
-    ) -> Result<(), Drop> {
-        let tunn = self.tunn.as_mut().ok_or(Drop::NoKey)?;
-        match (tunn.decapsulate(None, message, out.space(INITIATION)), message.first()) {
-            (TunnResult::WriteToNetwork(reply), Some(1)) => {
-                // Our sender index: what the peer will address this session by.
-                self.unconfirmed = reply.get(4..8).and_then(|b| b.try_into().ok()).map(u32::from_le_bytes);
-                let length = reply.len();
-                // Answered where it came from. The endpoint moves with the first packet of the session: an
-                // initiation can be replayed to a core that was just restarted, a packet in reply cannot.
-                out.commit(length, from);
-                self.endpoint.get_or_insert(from);
-                self.received(now, message.len());
-                self.sent(now, length);
-            }
-            (TunnResult::WriteToNetwork(keepalive), _) => {
-                let length = keepalive.len();
-                out.commit(length, from);
-                self.endpoint = Some(from);
-                self.received(now, message.len());
-                self.session_began(now, true);
-                self.sent(now, length);
-            }
-            // A cookie reply: nothing shows where the peer is, so the endpoint stays.
-            (TunnResult::Done, _) => {}
-            (TunnResult::Err(error), _) => return Err(reason(&error)),
-            (TunnResult::WriteToTunnelV4(..) | TunnResult::WriteToTunnelV6(..), _) => {}
-        }
-        self.send_staged(now, mtu, out);
-        Ok(())
+impl<'b> Group<'b> {
+    fn new() -> Self {
+        let datagrams = std::array::from_fn(|_| (0, <&mut [u8]>::default()));
+        Self { receiver: 0, datagrams, starts: [0; BURST], length: 0 }
     }
 
-    /// Handles a data message for this peer: checks, moves the endpoint, and passes the packet on.
-    pub(crate) fn receive_data(
+    fn push(&mut self, counter: u64, start: usize, datagram: &'b mut [u8]) {
+        let places = self.datagrams.get_mut(self.length).zip(self.starts.get_mut(self.length));
+        if let Some((place, at)) = places {
+            *place = (counter, datagram);
+            *at = start;
+            self.length += 1;
+        }
+    }
+
+    /// Keeps those whose counter passes, in order; returns how many do not.
+    fn retain(&mut self, mut passes: impl FnMut(u64) -> bool) -> u64 {
+        let mut kept = 0;
+        for n in 0..self.length {
+            if self.datagrams.get(n).is_some_and(|(counter, _)| passes(*counter)) {
+                self.datagrams.swap(kept, n);
+                self.starts.swap(kept, n);
+                kept += 1;
+            }
+        }
+        let refused = self.length - kept;
+        self.length = kept;
+        refused as u64
+    }
+}
+
+impl Step<'_> {
+    /// Takes datagrams of one sender, each `segment` bytes long but perhaps the last. They are opened where they
+    /// are; [`Outbox::packets`] gets the places of the packets in them, counted from `base`.
+    pub fn receive(
         &mut self,
-        now: Now,
         from: SocketAddr,
-        message: &[u8],
-        mtu: usize,
-        judge: (&Peer, &impl Sources),
+        base: usize,
+        bytes: &mut [u8],
+        segment: usize,
         out: &mut Outbox,
-    ) -> Result<(), Drop> {
-        let tunn = self.tunn.as_mut().ok_or(Drop::NoKey)?;
-        let word =
-            |at: usize| message.get(at..at + 8).and_then(|b| b.try_into().ok()).map(u64::from_le_bytes);
-        if word(8).is_none_or(|counter| counter >= REJECT_AFTER_MESSAGES) {
-            return Err(Drop::CounterExhausted);
+    ) {
+        if bytes.is_empty() {
+            return self.device.drops.count(Drop::Truncated);
         }
-        let receiver_index = (word(0).unwrap_or_default() >> 32) as u32;
-        let opened = match tunn.decapsulate(None, message, out.tun.space(message.len())) {
-            TunnResult::WriteToTunnelV4(packet, _) | TunnResult::WriteToTunnelV6(packet, _) => {
-                Ok(Some(packet))
-            }
-            TunnResult::Done => Ok(None),
-            // The length was right, so this comes from after the authentication.
-            TunnResult::Err(WireGuardError::InvalidPacket) => Err(Drop::BadInner),
-            TunnResult::Err(error) => return Err(reason(&error)),
-            TunnResult::WriteToNetwork(_) => return Err(Drop::Unexpected),
-        };
-        let result = match opened {
-            Ok(Some(packet)) => match IpPacket::parse(packet) {
-                Some(parsed) if judge.1.belongs_to(judge.0, &parsed) => {
-                    out.tun.commit(parsed.length, ());
-                    Ok(())
+        let mut group = Group::new();
+        let mut start = base;
+        for datagram in bytes.chunks_mut(segment.max(1)) {
+            let at = start;
+            start += datagram.len();
+            match classify(datagram) {
+                Ok(Datagram::Data { receiver, counter }) => {
+                    if group.length == BURST || group.receiver != receiver {
+                        self.open(from, &mut group, out);
+                        group.receiver = receiver;
+                    }
+                    group.push(counter, at, datagram);
                 }
-                Some(_) => Err(Drop::SpoofedSource),
-                None => Err(Drop::BadInner),
-            },
-            Ok(None) => Ok(()),
-            Err(drop) => Err(drop),
-        };
-        self.endpoint = Some(from);
-        self.received(now, message.len());
-        if self.unconfirmed == Some(receiver_index) {
-            self.session_began(now, false);
+                Ok(_) => out.events.push(Event::Message(from, HandshakeMessage::new(datagram))),
+                Err(error) => self.device.drops.count(match error {
+                    MessageError::Truncated => Drop::Truncated,
+                    MessageError::Oversized => Drop::Oversized,
+                    MessageError::UnknownType => Drop::UnknownType,
+                }),
+            }
         }
-        if !self.has_session {
-            self.has_session = tunn_has_session(self.tunn.as_ref());
+        self.open(from, &mut group, out);
+    }
+
+    fn open(&self, from: SocketAddr, group: &mut Group<'_>, out: &mut Outbox) {
+        if group.length == 0 {
+            return;
         }
-        self.rekey_if_old(now, &mut out.network);
-        self.send_staged(now, mtu, &mut out.network);
-        result
+        match self.indices.get(group.receiver) {
+            Some(Entry { peer, session: Some(session) }) if session.is_live(self.now.instant) => {
+                if self.open_with(session, peer, group, out) {
+                    peer.set_endpoint(from);
+                    if session.confirm() {
+                        out.events.push(Event::Confirmed(peer.clone(), session.clone()));
+                    }
+                }
+            }
+            _ => {
+                self.device.drops.add(Drop::UnknownIndex, group.length as u64);
+                out.events.push(Event::Stray(from));
+            }
+        }
+        group.length = 0;
     }
 
-    fn received(&mut self, now: Now, length: usize) {
-        self.rx_bytes = self.rx_bytes.saturating_add(length as u64);
-        self.timers.any_traffic(now.instant);
-    }
+    /// Whether any of them was authentic and new.
+    fn open_with(&self, session: &Session, peer: &Peer, group: &mut Group<'_>, out: &mut Outbox) -> bool {
+        let exhausted = group.retain(|counter| counter < REJECT_AFTER_MESSAGES);
+        let window = session.window();
+        let replayed = group.retain(|counter| window.check(counter));
+        drop(window);
+        for (reason, count) in [(Drop::CounterExhausted, exhausted), (Drop::Replayed, replayed)] {
+            if count > 0 {
+                self.device.count(peer, reason, count);
+            }
+        }
+        let mut results = [Err(OpenError::Auth); BURST];
+        let datagrams = group.datagrams.get_mut(..group.length).unwrap_or_default();
+        session.open(datagrams, &mut results);
 
-    fn session_began(&mut self, now: Now, initiator: bool) {
-        self.unconfirmed = None;
-        self.last_handshake = Some(now.wall);
-        self.has_session = tunn_has_session(self.tunn.as_ref());
-        self.timers.session_began(now.instant, initiator);
-    }
-}
-
-fn reason(error: &WireGuardError) -> Drop {
-    match error {
-        WireGuardError::InvalidCounter | WireGuardError::DuplicateCounter => Drop::Replayed,
-        WireGuardError::InvalidMac => Drop::BadMac,
-        WireGuardError::InvalidAeadTag => Drop::BadAuth,
-        WireGuardError::WrongTai64nTimestamp | WireGuardError::InvalidTai64nTimestamp => Drop::StaleHandshake,
-        WireGuardError::WrongKey => Drop::UnknownPeer,
-        WireGuardError::NoCurrentSession | WireGuardError::WrongIndex => Drop::UnknownIndex,
-        WireGuardError::UnderLoad => Drop::RateLimited,
-        WireGuardError::UnexpectedPacket => Drop::Unexpected,
-        _ => Drop::UnknownType,
+        let (mut packets, mut bytes, mut data) = (0, 0, false);
+        let mut last_source = None;
+        let mut window = session.window();
+        for (((counter, datagram), start), result) in datagrams.iter().zip(group.starts).zip(results) {
+            let Ok(length) = result else {
+                self.device.count(peer, Drop::BadAuth, 1);
+                continue;
+            };
+            if !window.accept(*counter) {
+                self.device.count(peer, Drop::Replayed, 1);
+                continue;
+            }
+            packets += 1;
+            bytes += datagram.len();
+            if length == 0 {
+                continue;
+            }
+            data = true;
+            let packet = datagram.get(HEADER..HEADER + length).unwrap_or_default();
+            let Some(packet) = IpPacket::parse(packet) else {
+                self.device.count(peer, Drop::BadInner, 1);
+                continue;
+            };
+            if last_source != Some(packet.source) {
+                let owner = self.tables.allowed_ips.longest_match(packet.source);
+                if owner.is_none_or(|owner| owner.key != peer.key) {
+                    self.device.count(peer, Drop::SpoofedSource, 1);
+                    continue;
+                }
+                last_source = Some(packet.source);
+            }
+            out.packets.push(start + HEADER..start + HEADER + packet.length);
+        }
+        if packets > 0 {
+            peer.traffic.received(self.ms, packets, bytes, data);
+        }
+        packets > 0
     }
 }

@@ -1,134 +1,199 @@
-//! The timers of a peer.
+//! The timers of a peer (WireGuard paper, 6; kernel: timers.c). All are looked at every quarter of a second:
 //!
-//! In the core (`Tunn::update_timers`): handshake retries every 5 s for 90 s, a handshake when 15 s of data
-//! go unanswered, a keepalive 10 s after unanswered data, rekeying of sessions that carry data after 120 s,
-//! their end after 180 s and of all keys after 540 s. Here:
-//!
-//! * *persistent keepalive*, after that long without authenticated traffic either way, and again with a
-//!   handshake where the core has given up; the core sends it whether needed or not and stops when it expires;
-//! * *rekeying by any packet*: the core counts data only, so an idle tunnel with keepalives would live until
-//!   its session ends at 180 s and lose packets until the next one is due;
-//! * *retry jitter*: a retried initiation waits up to 333 ms, so that two sides that began together do not
-//!   stay in step (WireGuard paper, 6.1).
+//! * *retry*: an initiation without a response is sent again after 5 s and up to 333 ms of jitter, so that two sides
+//!   that began together do not stay in step; after 90 s the packets that wait are dropped;
+//! * *renew*: the initiator of a session makes a new one when it is used at an age of 120 s, or received by at 165 s,
+//!   or has sealed 2^60 packets; keepalives count, else an idle tunnel would end at 180 s and lose packets until the
+//!   next one is due;
+//! * *unanswered*: data to a peer that is silent for 15 s starts a handshake;
+//! * *owed*: a keepalive 10 s after data that we sent nothing after;
+//! * *persistent keepalive*: after that long without authenticated traffic either way; it brings up a session
+//!   where there is none;
+//! * *end*: a session is wiped when it is 180 s old, and a handshake key when its retries end.
 
-use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use boringtun::noise::TunnResult;
-use boringtun::noise::errors::WireGuardError;
-use rand::Rng;
+use rand::{CryptoRng, Rng};
 
-use crate::batch::Batch;
-use crate::counters::{Counters, Drop};
-use crate::peer::{INITIATION, Now, Peer, tunn_has_session};
+use crate::counters::Drop;
+use crate::device::{Device, Identity};
+use crate::outbox::Outbox;
+use crate::peer::{Now, Peer, State};
 
-/// Age of a session at which its initiator makes a new one.
+/// Age of a session at which its initiator makes a new one (REKEY_AFTER_TIME).
 pub const REKEY_AFTER: Duration = Duration::from_secs(120);
+/// Packets after which its initiator does (REKEY_AFTER_MESSAGES).
+pub const REKEY_AFTER_MESSAGES: u64 = 1 << 60;
+/// Least time between two initiations to a peer (REKEY_TIMEOUT).
+pub const RETRY_AFTER: Duration = Duration::from_secs(5);
+/// When to stop trying (REKEY_ATTEMPT_TIME).
+pub const GIVE_UP_AFTER: Duration = Duration::from_secs(90);
 /// Longest delay of a retried initiation.
 pub const MAX_JITTER: Duration = Duration::from_millis(333);
+/// When a keepalive is owed, in milliseconds (KEEPALIVE_TIMEOUT).
+const KEEPALIVE: u64 = 10_000;
+/// When data counts as unanswered, in milliseconds (KEEPALIVE_TIMEOUT + REKEY_TIMEOUT).
+const UNANSWERED: u64 = 15_000;
+/// Age of a session at which receiving by it renews it, in milliseconds: a session's life less those.
+const RENEW_RECEIVING: u64 = 165_000;
 
-/// Times of one peer.
-#[derive(Debug)]
+/// Times of one peer that the packets themselves do not note.
+#[derive(Debug, Default)]
 pub struct Timers {
     /// Persistent keepalive in seconds; 0 for off.
     pub keepalive: u16,
-    last_traffic: Instant,
     /// Sends a keepalive at the next tick.
     pub(crate) keepalive_now: bool,
-    /// When the session began, if it was ours to renew and was not yet.
-    renewable_since: Option<Instant>,
-    /// A retried initiation, and when it goes out.
-    pub(crate) delayed: Option<(Instant, Vec<u8>)>,
+    /// When the handshake that is under way began.
+    began: Option<Instant>,
+    last_initiation: Option<Instant>,
+    retry_at: Option<Instant>,
 }
 
 impl Timers {
-    /// For a peer that starts at `now`.
-    pub fn new(now: Instant) -> Self {
-        Self { keepalive: 0, last_traffic: now, keepalive_now: false, renewable_since: None, delayed: None }
-    }
-
     /// Forgets all but the setting; a peer that has one is sent a keepalive at once, so a new session is made.
-    pub(crate) fn restart(&mut self, now: Instant) {
+    pub(crate) fn restart(&mut self) {
         let keepalive = self.keepalive;
-        *self = Self { keepalive, keepalive_now: keepalive > 0, ..Self::new(now) };
+        *self = Self { keepalive, keepalive_now: keepalive > 0, ..Self::default() };
     }
 
-    /// Something authenticated was sent or received.
-    pub(crate) fn any_traffic(&mut self, now: Instant) {
-        self.last_traffic = now;
+    /// What made the last handshake fail may be over: the next one need not wait.
+    pub(crate) fn hurry(&mut self) {
+        (self.began, self.retry_at, self.last_initiation) = (None, None, None);
     }
 
-    /// A session was agreed on; its initiator renews it.
-    pub(crate) fn session_began(&mut self, now: Instant, initiator: bool) {
-        self.renewable_since = initiator.then_some(now);
-        self.delayed = None;
+    /// Whether a handshake may begin: none is under way, and the last was not a moment ago.
+    pub(crate) fn may_begin(&self, now: Instant) -> bool {
+        let recent = |at| now.saturating_duration_since(at) < RETRY_AFTER;
+        self.began.is_none() && !self.last_initiation.is_some_and(recent)
     }
 
-    /// True once for a session that is due for renewal.
-    pub(crate) fn take_rekey(&mut self, now: Instant) -> bool {
-        let due = self.renewable_since.is_some_and(|t| now.saturating_duration_since(t) >= REKEY_AFTER);
-        if due {
-            self.renewable_since = None;
+    /// An initiation was sent.
+    pub(crate) fn initiated(&mut self, now: Instant, rng: &mut impl Rng) {
+        self.began.get_or_insert(now);
+        self.last_initiation = Some(now);
+        self.retry_at = Some(now + RETRY_AFTER + MAX_JITTER.mul_f64(rng.random::<f64>()));
+    }
+
+    /// A handshake led to a session, whoever began it.
+    pub(crate) fn completed(&mut self) {
+        (self.began, self.retry_at) = (None, None);
+    }
+
+    fn gives_up(&mut self, now: Instant) -> bool {
+        let over = self.began.is_some_and(|began| now.saturating_duration_since(began) >= GIVE_UP_AFTER);
+        if over {
+            self.completed();
         }
-        due
+        over
     }
 
-    fn keepalive_due(&mut self, now: Instant) -> bool {
-        let period = Duration::from_secs(self.keepalive.into());
-        let due = self.keepalive > 0
-            && (self.keepalive_now || now.saturating_duration_since(self.last_traffic) >= period);
+    fn keepalive_due(&mut self, ms: u64, last_traffic: u64) -> bool {
+        let period = u64::from(self.keepalive) * 1000;
+        let due = self.keepalive > 0 && (self.keepalive_now || ms.saturating_sub(last_traffic) >= period);
         self.keepalive_now &= !due;
         due
     }
 }
 
-impl Peer {
+impl Device {
     /// Lets time pass: to be called every quarter of a second, and when it says.
-    pub fn tick(
+    pub fn tick(&self, now: Now, rng: &mut impl CryptoRng, out: &mut Outbox) -> Option<Instant> {
+        if let Some(gate) = self.gate().as_mut() {
+            gate.forget_quiet(now.instant);
+        }
+        let (identity, peers) = {
+            let tables = self.read();
+            let identity = tables.identity.clone()?;
+            (identity, tables.peers.values().map(|member| member.peer.clone()).collect::<Vec<_>>())
+        };
+        let next = peers.iter().filter_map(|peer| self.tick_peer(now, &identity, peer, rng, out)).min();
+        out.seal();
+        next
+    }
+
+    fn tick_peer(
         &self,
         now: Now,
-        mtu: usize,
-        device_drops: &Counters,
-        rng: &mut impl Rng,
-        out: &mut Batch<SocketAddr>,
+        identity: &Identity,
+        peer: &Arc<Peer>,
+        rng: &mut impl CryptoRng,
+        out: &mut Outbox,
     ) -> Option<Instant> {
-        let mut state = self.lock();
+        let ms = self.ms(now.instant);
+        let mut state = peer.lock();
         let state = &mut *state;
-        let tunn = state.tunn.as_mut()?;
-        match tunn.update_timers(out.space(INITIATION)) {
-            TunnResult::WriteToNetwork(message) if message.first() == Some(&1) => {
-                let jitter = MAX_JITTER.mul_f64(rng.random::<f64>());
-                state.timers.delayed = Some((now.instant + jitter, message.to_vec()));
-            }
-            TunnResult::WriteToNetwork(message) => {
-                let length = message.len();
-                if let Some(endpoint) = state.endpoint {
-                    out.commit(length, endpoint);
-                    state.sent(now, length);
-                }
-            }
-            TunnResult::Err(WireGuardError::ConnectionExpired) => {
-                for _ in state.staged.drain(..) {
-                    self.drops.count(Drop::HandshakeFailed);
-                    device_drops.count(Drop::HandshakeFailed);
-                }
-            }
-            _ => {}
+        state.remote.as_ref()?;
+        self.end_sessions(now, peer, state);
+        if state.timers.gives_up(now.instant) {
+            self.count(peer, Drop::HandshakeFailed, state.staged.len() as u64);
+            state.staged.clear();
+            self.forget_pending(state);
         }
-        state.has_session = tunn_has_session(state.tunn.as_ref());
+        // A change of the endpoint alone does not send what waits for it.
+        self.send_staged(now, peer, state, out);
 
-        let due = state.timers.delayed.take_if(|(at, _)| *at <= now.instant);
-        if let (Some((_, message)), Some(endpoint)) = (due, state.endpoint) {
-            out.push(&message, endpoint);
-            state.sent(now, message.len());
+        let traffic = &peer.traffic;
+        let since = |time: &std::sync::atomic::AtomicU64| match time.load(Ordering::Relaxed) {
+            0 => 0,
+            at => ms.saturating_sub(at),
+        };
+        if since(&traffic.owed_since) >= KEEPALIVE {
+            traffic.owed_since.store(0, Ordering::Relaxed);
+            self.send_keepalive(now, peer, out);
         }
-        if state.endpoint.is_some() && !state.has_session && !state.staged.is_empty() {
-            state.initiate(now, out);
+        let last_sent = traffic.last_sent.load(Ordering::Relaxed);
+        let last_traffic = last_sent.max(traffic.last_received.load(Ordering::Relaxed));
+        let mut wanted = !state.staged.is_empty();
+        if peer.endpoint().is_some() && state.timers.keepalive_due(ms, last_traffic) {
+            wanted |= !self.send_keepalive(now, peer, out);
         }
-        if state.endpoint.is_some() && state.timers.keepalive_due(now.instant) {
-            state.send_keepalive(now, out);
+        if since(&traffic.unanswered_since) >= UNANSWERED {
+            traffic.unanswered_since.store(0, Ordering::Relaxed);
+            wanted = true;
         }
-        state.send_staged(now, mtu, out);
-        state.timers.delayed.as_ref().map(|(at, _)| *at)
+        wanted |= self.wants_renewal(peer, state);
+        let retry = state.timers.retry_at.is_some_and(|at| at <= now.instant);
+        if retry || wanted && state.timers.may_begin(now.instant) {
+            self.send_initiation(now, identity, peer, state, rng, out);
+        }
+        state.timers.retry_at
+    }
+
+    fn wants_renewal(&self, peer: &Peer, state: &State) -> bool {
+        let Some(session) = state.sessions.current.as_ref().filter(|session| session.keypair.initiator)
+        else {
+            return false;
+        };
+        let born = self.ms(session.born);
+        let sent = peer.traffic.last_sent.load(Ordering::Relaxed);
+        let received = peer.traffic.last_received.load(Ordering::Relaxed);
+        sent >= born + REKEY_AFTER.as_millis() as u64
+            || received >= born + RENEW_RECEIVING
+            || session.keypair.sending.used() >= REKEY_AFTER_MESSAGES
+    }
+
+    /// Wipes what is too old to be used.
+    fn end_sessions(&self, now: Now, peer: &Peer, state: &mut State) {
+        let sessions = &mut state.sessions;
+        for place in [&mut sessions.current, &mut sessions.previous, &mut sessions.next] {
+            if let Some(old) = place.take_if(|session| !session.is_live(now.instant)) {
+                self.indices().remove(old.keypair.local_index);
+            }
+        }
+        if sessions.current.is_none() && peer.sending.load().is_some() {
+            peer.sending.store(None);
+        }
+    }
+
+    pub(crate) fn forget_pending(&self, state: &mut State) {
+        if let Some(remote) = &mut state.remote
+            && let Some(index) = remote.pending_index()
+        {
+            remote.forget_pending();
+            self.indices().remove(index);
+        }
     }
 }

@@ -2,20 +2,17 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
-use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::os::fd::AsFd as _;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use nix::cmsg_space;
-use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, poll};
-use nix::sys::socket::{
-    ControlMessage, ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg, sendmsg, setsockopt,
-    sockopt::UdpGroSegment,
-};
+use nix::sys::socket::{setsockopt, sockopt::UdpGroSegment};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::batch::Run;
 use crate::process::sockopt;
+
+pub mod many;
 
 /// Bytes of each socket's buffers: bursts arrive faster than any one wake-up.
 const BUFFER: usize = 7 << 20;
@@ -98,31 +95,62 @@ impl Sockets {
         self.ipv4.iter().chain(&self.ipv6)
     }
 
-    /// Sends a run by the endpoint's family: at once if it is more than one datagram and the kernel can cut it
-    /// (UDP_SEGMENT), else one by one. Returns how many datagrams failed, with the last error.
-    pub fn send(&self, run: &Run<'_, SocketAddr>) -> Result<(), (u64, io::Error)> {
-        let socket = if run.to.is_ipv4() { &self.ipv4 } else { &self.ipv6 };
-        let Some(socket) = socket else {
-            let failed = run.packets().count() as u64;
-            return Err((failed, io::Error::from_raw_os_error(libc::EAFNOSUPPORT)));
-        };
-        if run.bytes.len() > run.segment && run.segment < self.segments_below.load(Ordering::Relaxed) {
-            match patiently(socket, || send_segments(socket, run)) {
-                Ok(()) => return Ok(()),
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                    return Err((run.packets().count() as u64, e));
+    /// Sends runs, in order, by their endpoints' families: many at once, and each run at once if the kernel can cut it
+    /// (UDP_SEGMENT), else one by one. Tells `failed` of the datagrams that were not sent.
+    pub fn send(
+        &self,
+        runs: &[Run<'_, SocketAddr>],
+        mut failed: impl FnMut(&Run<'_, SocketAddr>, u64, io::Error),
+    ) {
+        let mut rest = runs;
+        while let Some(first) = rest.first() {
+            let socket = if first.to.is_ipv4() { &self.ipv4 } else { &self.ipv6 };
+            let below = self.segments_below.load(Ordering::Relaxed);
+            let at_once = |run: &&Run<'_, SocketAddr>| {
+                run.to.is_ipv4() == first.to.is_ipv4()
+                    && (run.bytes.len() <= run.segment || run.segment < below)
+            };
+            let count = rest.iter().take_while(at_once).take(many::SENT).count();
+            let Some(socket) = socket else {
+                let missing = io::Error::from_raw_os_error(libc::EAFNOSUPPORT);
+                failed(first, first.packets().count() as u64, missing);
+                rest = rest.get(1..).unwrap_or_default();
+                continue;
+            };
+            let done = match count {
+                0 => {
+                    self.send_singly(socket, first, &mut failed);
+                    1
                 }
-                Err(e) => self.learn(run.segment, &e),
-            }
+                _ => match patiently(socket, || many::send(socket, rest.get(..count).unwrap_or_default())) {
+                    Ok(sent) => sent.max(1),
+                    Err(e) => {
+                        let full = e.kind() == io::ErrorKind::WouldBlock;
+                        if full || first.bytes.len() <= first.segment {
+                            failed(first, first.packets().count() as u64, e);
+                        } else {
+                            self.learn(first.segment, &e);
+                            self.send_singly(socket, first, &mut failed);
+                        }
+                        1
+                    }
+                },
+            };
+            rest = rest.get(done..).unwrap_or_default();
         }
-        let mut result = Ok(());
+    }
+
+    fn send_singly(
+        &self,
+        socket: &UdpSocket,
+        run: &Run<'_, SocketAddr>,
+        failed: &mut impl FnMut(&Run<'_, SocketAddr>, u64, io::Error),
+    ) {
         for datagram in run.packets() {
             if let Err(e) = patiently(socket, || socket.send_to(datagram, run.to).map(drop)) {
-                let before = result.map_or_else(|(failed, _)| failed, |()| 0);
-                result = Err((before + 1, e));
+                failed(run, 1, e);
             }
         }
-        result
     }
 
     /// A device without checksum offload refuses all segments (EIO), a path too narrow those that would have to
@@ -138,18 +166,9 @@ impl Sockets {
     }
 }
 
-fn send_segments(socket: &UdpSocket, run: &Run<'_, SocketAddr>) -> io::Result<()> {
-    let segment = u16::try_from(run.segment).map_err(|_| io::Error::from(Errno::EINVAL))?;
-    let control = [ControlMessage::UdpGsoSegments(&segment)];
-    let to = SockaddrStorage::from(*run.to);
-    let data = [io::IoSlice::new(run.bytes)];
-    sendmsg(socket.as_raw_fd(), &data, &control, MsgFlags::empty(), Some(&to))?;
-    Ok(())
-}
-
 /// Once more when the socket's buffer is full and has room again soon: waiting slows the sender down, as a slow
 /// link should.
-fn patiently(socket: &UdpSocket, send: impl Fn() -> io::Result<()>) -> io::Result<()> {
+fn patiently<T>(socket: &UdpSocket, send: impl Fn() -> io::Result<T>) -> io::Result<T> {
     match send() {
         Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
             let _ = poll(&mut [PollFd::new(socket.as_fd(), PollFlags::POLLOUT)], PATIENCE_MS);
@@ -157,25 +176,6 @@ fn patiently(socket: &UdpSocket, send: impl Fn() -> io::Result<()>) -> io::Resul
         }
         result => result,
     }
-}
-
-/// Receives one or more datagrams of one sender (UDP_GRO): their bytes are at the start of `buffer`. Returns who,
-/// how many bytes, and how long each is but perhaps the last.
-pub fn receive(socket: &UdpSocket, buffer: &mut [u8]) -> io::Result<(SocketAddr, usize, usize)> {
-    let mut control = cmsg_space!(i32);
-    let mut data = [io::IoSliceMut::new(buffer)];
-    let message =
-        recvmsg::<SockaddrStorage>(socket.as_raw_fd(), &mut data, Some(&mut control), MsgFlags::empty())?;
-    let segment = message.cmsgs()?.find_map(|control| match control {
-        ControlMessageOwned::UdpGroSegments(segment) => usize::try_from(segment).ok(),
-        _ => None,
-    });
-    let from = message.address.and_then(|address| {
-        let v4 = address.as_sockaddr_in().map(|a| SocketAddr::V4((*a).into()));
-        v4.or_else(|| address.as_sockaddr_in6().map(|a| SocketAddr::V6((*a).into())))
-    });
-    let from = from.ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
-    Ok((from, message.bytes, segment.unwrap_or(message.bytes)))
 }
 
 /// `None` for a family that this host lacks.
@@ -216,69 +216,4 @@ fn enlarge(socket: &Socket) {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_missing_address_family_is_left_out_and_the_other_one_works() {
-        for errno in [libc::EAFNOSUPPORT, libc::EADDRNOTAVAIL] {
-            assert!(available(Err(io::Error::from_raw_os_error(errno))).unwrap().is_none());
-        }
-        assert!(available(Err(io::Error::from_raw_os_error(libc::EADDRINUSE))).is_err());
-        let sockets = Sockets { ipv6: None, ..Sockets::bind(0, 0, true).unwrap() };
-        let [v6, v4] = [Ipv6Addr::LOCALHOST.into(), Ipv4Addr::LOCALHOST.into()]
-            .map(|ip: IpAddr| SocketAddr::new(ip, sockets.port));
-        let (failed, error) = sockets.send(&Run { bytes: b"xyz", segment: 1, to: &v6 }).unwrap_err();
-        assert_eq!((failed, error.raw_os_error()), (3, Some(libc::EAFNOSUPPORT)));
-        sockets.send(&Run { bytes: b"x", segment: 1, to: &v4 }).unwrap();
-        let received = sockets.ipv4.as_ref().unwrap();
-        received.set_nonblocking(false).unwrap();
-        assert_eq!(receive(received, &mut [0; 8]).unwrap(), (v4, 1, 1));
-    }
-
-    #[test]
-    fn a_run_arrives_whole_and_in_order_in_segments_or_one_by_one() {
-        let run: Vec<u8> = (0..60_000u32).map(|n| (n / 7) as u8).collect();
-        for family in [IpAddr::from(Ipv4Addr::LOCALHOST), IpAddr::from(Ipv6Addr::LOCALHOST)] {
-            for segments_below in [usize::MAX, 0] {
-                let sockets = Sockets::bind(0, 0, true).unwrap();
-                sockets.segments_below.store(segments_below, Ordering::Relaxed);
-                let to = SocketAddr::new(family, sockets.port);
-                sockets.send(&Run { bytes: &run, segment: 1452, to: &to }).unwrap();
-                let socket = if to.is_ipv4() { &sockets.ipv4 } else { &sockets.ipv6 }.as_ref().unwrap();
-                socket.set_nonblocking(false).unwrap();
-                let (mut received, mut buffer) = (Vec::new(), vec![0; 65_536]);
-                while received.len() < run.len() {
-                    let (from, length, segment) = receive(socket, &mut buffer).unwrap();
-                    assert_eq!((from, segment.min(1452)), (to, segment));
-                    received.extend_from_slice(&buffer[..length]);
-                }
-                assert_eq!(received, run);
-                assert_eq!(sockets.segments_below.load(Ordering::Relaxed), segments_below);
-            }
-        }
-    }
-
-    #[test]
-    fn what_is_refused_in_segments_goes_out_one_by_one() {
-        let sockets = Sockets::bind(0, 0, true).unwrap();
-        let to = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), sockets.port);
-        sockets.learn(1452, &io::Error::from_raw_os_error(libc::EHOSTUNREACH));
-        assert_eq!(sockets.segments_below.load(Ordering::Relaxed), usize::MAX);
-        sockets.learn(1452, &io::Error::from_raw_os_error(libc::EINVAL));
-        sockets.learn(9000, &io::Error::from_raw_os_error(libc::EINVAL));
-        assert_eq!(sockets.segments_below.load(Ordering::Relaxed), 1452);
-        sockets.learn(100, &io::Error::from_raw_os_error(libc::EIO));
-        assert_eq!(sockets.segments_below.load(Ordering::Relaxed), 0);
-        sockets.send(&Run { bytes: b"abc", segment: 1, to: &to }).unwrap();
-        assert_eq!(receive(sockets.ipv4.as_ref().unwrap(), &mut [0; 8]).unwrap().1, 1);
-    }
-
-    #[test]
-    fn both_families_share_a_port_and_a_taken_one_is_refused() {
-        let sockets = Sockets::bind(0, 0, true).unwrap();
-        let ports: Vec<_> = sockets.all().map(|s| s.local_addr().unwrap().port()).collect();
-        assert!(ports.iter().all(|port| *port == sockets.port));
-        assert_eq!(Sockets::bind(sockets.port, 0, true).unwrap_err().kind(), io::ErrorKind::AddrInUse);
-    }
-}
+mod tests;

@@ -70,6 +70,16 @@ impl<'a> SuperPacket<'a> {
         sound.then_some(Self { packet, ipv6, ip_header, transport, payload, segment, protocol, addresses })
     }
 
+    /// The packet itself.
+    pub fn packet(&self) -> &'a [u8] {
+        self.packet
+    }
+
+    /// Bytes of the longest packet it makes.
+    pub fn largest(&self) -> usize {
+        self.packet.len().min(self.payload + self.segment)
+    }
+
     /// How many packets it makes: at least one.
     pub fn count(&self) -> usize {
         (self.packet.len() - self.payload).div_ceil(self.segment).max(1)

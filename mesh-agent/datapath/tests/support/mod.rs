@@ -9,8 +9,8 @@ use boringtun::noise::{Tunn, TunnResult};
 use boringtun::x25519;
 use keyservice::{PrivateKey, PublicKey};
 use mesh_datapath::Device;
-use mesh_datapath::batch::Outbox;
 use mesh_datapath::counters::Drop;
+use mesh_datapath::outbox::Outbox;
 use mesh_datapath::peer::Now;
 use mesh_uapi::{Op, PeerUpdate};
 use rand::SeedableRng;
@@ -69,7 +69,7 @@ impl Node {
     }
 
     pub fn apply(&self, ops: &[Op]) {
-        self.device.apply(ops, Instant::now(), &mut rand::rng()).unwrap();
+        self.device.apply(ops).unwrap();
     }
 
     pub fn update(&self, peer: &Node, update: PeerUpdate) {
@@ -84,18 +84,17 @@ impl Node {
     /// What goes onto the wire when the TUN has this packet.
     pub fn send(&self, now: Now, packet: &[u8]) -> Vec<Datagram> {
         let mut out = Outbox::default();
-        let mut buffer = packet.to_vec();
-        buffer.resize(packet.len() + 16, 0xff);
-        self.device.handle_packet(now, &mut buffer, packet.len(), &mut out);
-        assert!(out.tun.is_empty());
+        self.device.handle_packet(now, packet, &mut rand::rng(), &mut out);
+        assert!(out.packets.is_empty());
         datagrams(&out)
     }
 
     /// What goes onto the wire and into the TUN when this datagram arrives.
     pub fn receive(&self, now: Now, from: SocketAddr, datagram: &[u8]) -> (Vec<Datagram>, Vec<Vec<u8>>) {
         let mut out = Outbox::default();
-        self.device.handle_datagram(now, from, datagram, &mut out);
-        (datagrams(&out), out.tun.iter().map(|(packet, ())| packet.to_vec()).collect())
+        let mut buffer = datagram.to_vec();
+        self.device.handle_datagram(now, from, &mut buffer, &mut rand::rng(), &mut out);
+        (datagrams(&out), out.packets.iter().map(|place| buffer[place.clone()].to_vec()).collect())
     }
 
     pub fn tick(&self, now: Now) -> Vec<Datagram> {
