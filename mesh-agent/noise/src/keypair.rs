@@ -2,9 +2,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use ring::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
-
 use crate::hash::Secret;
+use crate::lanes::{self, BURST, Packet};
 use crate::message::{HEADER, TAG, TYPE_DATA};
 use crate::replay::REJECT_AFTER_MESSAGES;
 
@@ -47,18 +46,6 @@ pub enum OpenError {
     Auth,
 }
 
-/// The key as ring wants it. Made for each burst: ring's own copy cannot be wiped, so it lives on the stack only.
-fn aead(key: &Secret) -> Option<LessSafeKey> {
-    UnboundKey::new(&CHACHA20_POLY1305, key.as_slice()).ok().map(LessSafeKey::new)
-}
-
-/// Four zero bytes, then the counter.
-fn nonce(counter: u64) -> Nonce {
-    let mut bytes = [0; 12];
-    bytes.iter_mut().skip(4).zip(counter.to_le_bytes()).for_each(|(to, from)| *to = from);
-    Nonce::assume_unique_for_key(bytes)
-}
-
 impl SendingKey {
     pub(crate) fn new(key: Secret, remote_index: u32, next: u64) -> Self {
         Self { key, remote_index, next: AtomicU64::new(next) }
@@ -84,28 +71,38 @@ impl SendingKey {
     /// The same for several with numbers in a row; returns how many were sealed, all before the first without
     /// room.
     pub fn seal_many(&self, first: u64, datagrams: &mut [&mut [u8]]) -> usize {
-        let Some(key) = aead(&self.key) else { return 0 };
         let mut counter = first;
-        for (n, datagram) in datagrams.iter_mut().enumerate() {
-            if self.seal_one(&key, counter, datagram).is_none() {
-                return n;
+        let mut sealed = 0;
+        for burst in datagrams.chunks_mut(BURST) {
+            let mut packets: [Packet<'_>; BURST] = Default::default();
+            let mut ready = 0;
+            for (packet, datagram) in packets.iter_mut().zip(burst.iter_mut()) {
+                let Some(bytes) = self.write_header(counter, datagram) else { break };
+                *packet = Packet { counter, bytes };
+                counter = counter.wrapping_add(1);
+                ready += 1;
             }
-            counter = counter.wrapping_add(1);
+            lanes::seal(&self.key, packets.get_mut(..ready).unwrap_or_default());
+            sealed += ready;
+            if ready < burst.len() {
+                break;
+            }
         }
-        datagrams.len()
+        sealed
     }
 
-    fn seal_one(&self, key: &LessSafeKey, counter: u64, datagram: &mut [u8]) -> Option<()> {
-        let (header, rest) = datagram.split_first_chunk_mut::<HEADER>()?;
-        let (packet, tag) = rest.split_last_chunk_mut::<TAG>()?;
+    /// What is behind the header, if there is room for a tag in it.
+    fn write_header<'d>(&self, counter: u64, datagram: &'d mut [u8]) -> Option<&'d mut [u8]> {
+        let (header, sealed) = datagram.split_first_chunk_mut::<HEADER>()?;
+        if sealed.len() < TAG {
+            return None;
+        }
         let (kind, rest) = header.split_first_chunk_mut::<4>()?;
         let (receiver, number) = rest.split_first_chunk_mut::<4>()?;
         *kind = TYPE_DATA.to_le_bytes();
         *receiver = self.remote_index.to_le_bytes();
         number.copy_from_slice(&counter.to_le_bytes());
-        let sealed = key.seal_in_place_separate_tag(nonce(counter), Aad::empty(), packet).ok()?;
-        tag.copy_from_slice(sealed.as_ref());
-        Some(())
+        Some(sealed)
     }
 
     pub(crate) fn key(&self) -> &Secret {
@@ -133,22 +130,31 @@ impl ReceivingKey {
     /// The same for several, each with its number; `results` has a place for each. What is not authentic stays
     /// unreleased: its bytes are not to be used.
     pub fn open_many(&self, datagrams: &mut [(u64, &mut [u8])], results: &mut [Result<usize, OpenError>]) {
-        let Some(key) = aead(&self.key) else { return results.fill(Err(OpenError::Auth)) };
-        for ((counter, datagram), result) in datagrams.iter_mut().zip(results) {
-            *result = open_one(&key, *counter, datagram);
+        for (burst, results) in datagrams.chunks_mut(BURST).zip(results.chunks_mut(BURST)) {
+            let count = burst.len().min(results.len());
+            let mut packets: [Packet<'_>; BURST] = Default::default();
+            for (((counter, datagram), packet), result) in
+                burst.iter_mut().zip(&mut packets).zip(&mut *results)
+            {
+                // What is too short for a tag stays an empty packet, which is never authentic.
+                let sealed = datagram.get_mut(HEADER..).filter(|sealed| sealed.len() >= TAG);
+                *result = if sealed.is_some() { Err(OpenError::Auth) } else { Err(OpenError::Truncated) };
+                *packet = Packet { counter: *counter, bytes: sealed.unwrap_or_default() };
+            }
+            let mut authentic = [false; BURST];
+            let packets = packets.get_mut(..count).unwrap_or_default();
+            lanes::open(&self.key, packets, &mut authentic);
+            for ((packet, authentic), result) in packets.iter().zip(authentic).zip(results) {
+                if authentic {
+                    *result = Ok(packet.bytes.len().saturating_sub(TAG));
+                }
+            }
         }
     }
 
     pub(crate) fn key(&self) -> &Secret {
         &self.key
     }
-}
-
-fn open_one(key: &LessSafeKey, counter: u64, datagram: &mut [u8]) -> Result<usize, OpenError> {
-    let sealed = datagram.get_mut(HEADER..).filter(|sealed| sealed.len() >= TAG);
-    let sealed = sealed.ok_or(OpenError::Truncated)?;
-    let packet = key.open_in_place(nonce(counter), Aad::empty(), sealed).map_err(|_| OpenError::Auth)?;
-    Ok(packet.len())
 }
 
 impl std::fmt::Debug for SendingKey {

@@ -8,6 +8,7 @@
 //! * `handshake` – Noise_IKpsk2, from both sides [5.4.1–5.4.5]
 //! * `cookie` – mac1, mac2 and cookie replies [5.3, 5.4.4, 5.4.7]
 //! * `keypair` – what a handshake gives: a key each way, sealed and opened in place [5.4.6]
+//! * `lanes` – ChaCha20-Poly1305 of many packets at once
 //! * `replay` – which counters were seen [5.4.6, RFC 6479]
 //! * `export` – a session as bytes, for the process that takes it over
 
@@ -17,6 +18,7 @@ pub mod handshake;
 mod hash;
 pub mod identity;
 pub mod keypair;
+pub mod lanes;
 pub mod message;
 pub mod replay;
 pub mod timestamp;
