@@ -14,6 +14,7 @@ use mesh_datapath::server::{self, Server};
 use mesh_datapath::session::Cipher;
 use mesh_datapath::tun::{self, Tun};
 use mesh_datapath::udp::Sockets;
+use mesh_noise::lanes;
 use tracing_subscriber::EnvFilter;
 
 /// A userspace WireGuard device. Configure it with wg(8).
@@ -66,6 +67,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let path = mesh_uapi::client::socket_path(name);
     server::claim(&path)?;
     let offload = offloads()?;
+    choose_crypto()?;
     let tun = Tun::open(name, offload.tun)?;
     let sockets = Sockets::bind(0, 0, offload.udp).context("UDP sockets")?;
     let engine = Engine::new(tun, sockets, offload, cipher())?;
@@ -89,6 +91,18 @@ fn offloads() -> anyhow::Result<Offload> {
         .to_str()
         .and_then(Offload::parse)
         .with_context(|| format!("{}={}: not on, off, tun or udp", offload::VARIABLE, value.display()))
+}
+
+/// Bursts are sealed together where the CPU can, unless a bench compares that with the library's way.
+fn choose_crypto() -> anyhow::Result<()> {
+    match std::env::var_os("MARGAY_CRYPTO") {
+        Some(value) if value == "ring" => lanes::Engine::only_ring(),
+        Some(value) if value != "lanes" => {
+            anyhow::bail!("MARGAY_CRYPTO={}: not lanes or ring", value.display())
+        }
+        _ => {}
+    }
+    Ok(())
 }
 
 /// ChaCha20-Poly1305, unless a bench wants to know what all the rest costs.
