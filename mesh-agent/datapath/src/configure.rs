@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use ipnet::IpNet;
 use keyservice::{PresharedKey, PrivateKey, PublicKey};
 use mesh_noise::Remote;
-use mesh_uapi::{Op, Peer as PeerView, PeerUpdate, Stats};
+use mesh_uapi::{Op, Peer as PeerView, PeerStats, PeerUpdate, Stats};
 
 use crate::device::{Device, Identity, Member, Tables};
 use crate::peer::Peer;
@@ -96,15 +96,18 @@ impl Device {
         (device, tables.identity.as_ref().map(|id| id.key.clone()), preshared)
     }
 
-    /// The counters.
+    /// The counters; what the TUN and the sockets do is the engine's to add.
     pub fn stats(&self) -> Stats {
         let tables = self.read();
-        let peers = tables.peers.iter().map(|(key, member)| (*key, member.peer.drops.by_name(false)));
+        let peers = tables.peers.iter().map(|(key, member)| (*key, member.peer.stats()));
         Stats {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             mtu: u32::try_from(self.mtu()).unwrap_or(u32::MAX),
             drops: self.drops.by_name(true),
-            peers: peers.filter(|(_, drops)| !drops.is_empty()).collect(),
+            peers: peers.filter(|(_, stats)| *stats != PeerStats::default()).collect(),
+            core: "mesh-noise".to_owned(),
+            crypto: self.cipher.name().to_owned(),
+            ..Stats::default()
         }
     }
 
@@ -204,6 +207,10 @@ fn set_fields(peer: &Peer, update: &PeerUpdate) {
         // A keepalive that is switched on is sent at once, and brings the tunnel up.
         state.timers.keepalive_now |= state.timers.keepalive == 0 && seconds > 0;
         state.timers.keepalive = seconds;
+    }
+    if update.initiate {
+        state.timers.initiate_now = true;
+        state.timers.hurry();
     }
     if let Some(wanted) = &update.preshared_key {
         let wanted = (!wanted.is_none()).then(|| wanted.clone());

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
-use mesh_uapi::Op;
+use mesh_uapi::{Op, Stats};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
@@ -118,6 +118,15 @@ impl Engine {
     /// The sockets as they are now.
     pub fn sockets(&self) -> Arc<Sockets> {
         self.sockets.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Every number there is.
+    pub fn stats(&self) -> Stats {
+        let mut stats = self.device.stats();
+        let tun = self.tun.offloads().map(|(name, state)| (name, state.clone()));
+        let all = tun.chain(self.sockets().offloads());
+        stats.offloads = all.map(|(name, state)| (name.to_owned(), state)).collect();
+        stats
     }
 
     /// Applies a request: all of it, or nothing.

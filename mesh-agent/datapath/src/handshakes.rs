@@ -170,7 +170,7 @@ impl Device {
         peer.sending.store(Some(session));
         peer.set_endpoint(from);
         peer.traffic.received(self.ms(now.instant), 1, response.len(), false);
-        state.began(now);
+        state.began(now, peer);
         // The peer may not send before it has received something.
         if state.staged.is_empty() {
             self.send_keepalive(now, peer, out);
@@ -192,7 +192,7 @@ impl Device {
             self.indices().remove(gone.keypair.local_index);
         }
         peer.sending.store(Some(session.clone()));
-        state.began(now);
+        state.began(now, peer);
         self.send_staged(now, peer, &mut state, out);
     }
 
@@ -280,6 +280,7 @@ impl Device {
         let Ok(message) = remote.initiate(&identity.noise, index, now.instant, now.wall, rng) else { return };
         out.network.push(&message, endpoint);
         timers.initiated(now.instant, rng);
+        peer.traffic.initiations.fetch_add(1, Ordering::Relaxed);
         peer.traffic.sent(self.ms(now.instant), 1, message.len(), false);
     }
 
@@ -315,7 +316,8 @@ impl Device {
 
 impl State {
     /// A session is known to both.
-    fn began(&mut self, now: Now) {
+    fn began(&mut self, now: Now, peer: &Peer) {
+        peer.traffic.handshakes.fetch_add(1, Ordering::Relaxed);
         self.last_handshake = Some(now.wall);
         self.timers.completed();
     }

@@ -9,6 +9,7 @@ use std::time::{Instant, SystemTime};
 use arc_swap::ArcSwapOption;
 use keyservice::{PresharedKey, PublicKey};
 use mesh_noise::Remote;
+use mesh_uapi::PeerStats;
 
 use crate::counters::Counters;
 use crate::session::Session;
@@ -69,6 +70,10 @@ pub struct Traffic {
     pub(crate) tx_bytes: AtomicU64,
     pub(crate) rx_packets: AtomicU64,
     pub(crate) tx_packets: AtomicU64,
+    /// Completed, whoever began them.
+    pub(crate) handshakes: AtomicU64,
+    /// Sent, retries included.
+    pub(crate) initiations: AtomicU64,
     /// Anything authenticated, handshakes and keepalives included.
     pub(crate) last_sent: AtomicU64,
     pub(crate) last_received: AtomicU64,
@@ -142,6 +147,18 @@ impl Peer {
     /// Its state. A thread that panicked with the lock held leaves it usable: every step is complete.
     pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Its numbers.
+    pub(crate) fn stats(&self) -> PeerStats {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        PeerStats {
+            rx_packets: read(&self.traffic.rx_packets),
+            tx_packets: read(&self.traffic.tx_packets),
+            handshakes: read(&self.traffic.handshakes),
+            initiations: read(&self.traffic.initiations),
+            drops: self.drops.by_name(false),
+        }
     }
 
     /// Where it is reached.

@@ -190,7 +190,7 @@ fn answer(engine: &Engine, request: Request) -> Zeroizing<String> {
             let preshared: std::collections::HashMap<_, _> = preshared.into_iter().collect();
             codec::get::render(&device, private.as_ref(), |key| preshared.get(key).cloned())
         }
-        Request::Stats => Zeroizing::new(codec::stats::render(&engine.device.stats())),
+        Request::Stats => Zeroizing::new(codec::stats::render(&engine.stats())),
         Request::Set(ops) => {
             let errno = engine.apply(&ops).map_or_else(
                 |error| {

@@ -5,7 +5,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use mesh_noise::message::{HEADER, TAG};
-use mesh_noise::{Keypair, OpenError, Window};
+use mesh_noise::{Keypair, OpenError, Window, lanes};
 
 /// Age beyond which a session carries nothing (REJECT_AFTER_TIME, WireGuard paper 6.1).
 pub const REJECT_AFTER: Duration = Duration::from_secs(180);
@@ -34,6 +34,19 @@ pub enum Cipher {
     Sealed,
     /// Nothing at all: for measuring what everything else costs.
     Null,
+}
+
+impl Cipher {
+    /// Who seals and opens bursts, for `get=stats`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Sealed => match lanes::Engine::current() {
+                lanes::Engine::Ring => "ring",
+                lanes::Engine::Avx512 => "avx512",
+            },
+            Self::Null => "null",
+        }
+    }
 }
 
 impl Session {

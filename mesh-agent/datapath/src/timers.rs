@@ -9,6 +9,7 @@
 //! * *owed*: a keepalive 10 s after data that we sent nothing after;
 //! * *persistent keepalive*: after that long without authenticated traffic either way; it brings up a session
 //!   where there is none;
+//! * *on demand*: `initiate=true` starts a handshake whatever session there is;
 //! * *end*: a session is wiped when it is 180 s old, and a handshake key when its retries end.
 
 use std::sync::Arc;
@@ -46,6 +47,8 @@ pub struct Timers {
     pub keepalive: u16,
     /// Sends a keepalive at the next tick.
     pub(crate) keepalive_now: bool,
+    /// Begins a handshake at the next tick, whatever session there is.
+    pub(crate) initiate_now: bool,
     /// When the handshake that is under way began.
     began: Option<Instant>,
     last_initiation: Option<Instant>,
@@ -154,7 +157,7 @@ impl Device {
             traffic.unanswered_since.store(0, Ordering::Relaxed);
             wanted = true;
         }
-        wanted |= self.wants_renewal(peer, state);
+        wanted |= std::mem::take(&mut state.timers.initiate_now) || self.wants_renewal(peer, state);
         let retry = state.timers.retry_at.is_some_and(|at| at <= now.instant);
         if retry || wanted && state.timers.may_begin(now.instant) {
             self.send_initiation(now, identity, peer, state, rng, out);

@@ -7,6 +7,8 @@ use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd as _, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt as _;
 
+use mesh_uapi::{Offload, stats};
+
 use crate::device::DEFAULT_MTU;
 use crate::offload::coalesce::{Burst, Head, MAX_PACKETS};
 use crate::offload::vnet_header::VnetHeader;
@@ -63,6 +65,8 @@ pub struct Tun {
     name: String,
     file: File,
     large: Large,
+    /// Whether large TCP and UDP packets come, and why not.
+    offloads: [Offload; 2],
     /// Any socket, for interface ioctls in the namespace where the device was made.
     control: OwnedFd,
 }
@@ -100,11 +104,13 @@ impl Tun {
             .custom_flags(libc::O_NONBLOCK)
             .open("/dev/net/tun")
             .map_err(call("open /dev/net/tun"))?;
-        let mut tun = Self { name: name.to_owned(), file, large: Large::No, control };
+        let offloads = [Offload::Off, Offload::Off];
+        let mut tun = Self { name: name.to_owned(), file, large: Large::No, offloads, control };
         let refused = |e: &io::Error| e.raw_os_error() == Some(libc::EINVAL);
         let mut attached = tun.attach(offload);
         let header = offload && !attached.as_ref().is_err_and(refused);
         if offload && !header {
+            tun.offloads = [Offload::Refused(libc::EINVAL), Offload::Refused(libc::EINVAL)];
             attached = tun.attach(false);
         }
         attached.map_err(|source| match source.raw_os_error() {
@@ -134,18 +140,22 @@ impl Tun {
     }
 
     /// Asks for as much as this kernel has.
-    fn negotiate(&self) -> io::Result<Large> {
+    fn negotiate(&mut self) -> io::Result<Large> {
         let size = VnetHeader::SIZE as libc::c_int;
         // SAFETY: the descriptor is open; TUNSETVNETHDRSZ reads an int.
         let result = unsafe { libc::ioctl(self.file.as_raw_fd(), TUNSETVNETHDRSZ, &raw const size) };
         if result < 0 {
             return Err(io::Error::last_os_error());
         }
-        if self.set_offload(TUN_F_CSUM | TUN_F_TSO | TUN_F_USO).is_ok() {
+        self.offloads = [Offload::On, Offload::On];
+        let refused = |e: &io::Error| Offload::Refused(e.raw_os_error().unwrap_or(libc::EIO));
+        let Err(no_udp) = self.set_offload(TUN_F_CSUM | TUN_F_TSO | TUN_F_USO) else {
             return Ok(Large::TcpAndUdp);
-        }
+        };
+        self.offloads = [Offload::On, refused(&no_udp)];
         // Even a kernel that hands over small packets only takes large ones with that header.
-        if self.set_offload(TUN_F_CSUM | TUN_F_TSO).is_err() {
+        if let Err(no_tcp) = self.set_offload(TUN_F_CSUM | TUN_F_TSO) {
+            self.offloads = [refused(&no_tcp), refused(&no_udp)];
             self.set_offload(0)?;
         }
         Ok(Large::Tcp)
@@ -161,6 +171,11 @@ impl Tun {
     /// How many packets at once it passes.
     pub fn large(&self) -> Large {
         self.large
+    }
+
+    /// Whether the kernel hands over large TCP and UDP packets, by name.
+    pub fn offloads(&self) -> impl Iterator<Item = (&'static str, &Offload)> {
+        [stats::offload::TUN_TSO, stats::offload::TUN_USO].into_iter().zip(&self.offloads)
     }
 
     /// Whether the device stays when nobody is attached to it, so that packets are dropped there and take no

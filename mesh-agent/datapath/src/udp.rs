@@ -3,8 +3,9 @@
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::os::fd::AsFd as _;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};
 
+use mesh_uapi::{Offload, stats};
 use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::socket::{setsockopt, sockopt::UdpGroSegment};
 use socket2::{Domain, Protocol, Socket, Type};
@@ -34,6 +35,10 @@ pub struct Sockets {
     pub fwmark: u32,
     /// Datagrams of this length or more are not sent many at once: the kernel or the device refused.
     segments_below: AtomicUsize,
+    /// With which errno; 0 while nobody has.
+    segments_refused: AtomicI32,
+    /// Whether datagrams are received many at once.
+    gro: Offload,
 }
 
 impl Sockets {
@@ -51,12 +56,12 @@ impl Sockets {
     }
 
     fn try_bind(port: u16, fwmark: u32, offload: bool) -> io::Result<Self> {
-        let ipv4 = available(open(SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), port), offload))?;
+        let ipv4 = available(open(SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), port)))?;
         let port = match &ipv4 {
             Some(socket) => socket.local_addr()?.port(),
             None => port,
         };
-        let ipv6 = available(open(SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), port), offload))?;
+        let ipv6 = available(open(SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), port)))?;
         let port = match &ipv6 {
             Some(socket) => socket.local_addr()?.port(),
             None => port,
@@ -65,11 +70,34 @@ impl Sockets {
             return Err(io::Error::from_raw_os_error(libc::EAFNOSUPPORT));
         }
         let segments_below = AtomicUsize::new(if offload { usize::MAX } else { 0 });
-        let mut sockets = Self { ipv4, ipv6, port, fwmark: 0, segments_below };
+        let segments_refused = AtomicI32::new(0);
+        let mut sockets =
+            Self { ipv4, ipv6, port, fwmark: 0, segments_below, segments_refused, gro: Offload::Off };
+        if offload {
+            sockets.gro = sockets.receive_many();
+        }
         if fwmark != 0 {
             sockets.set_fwmark(fwmark)?;
         }
         Ok(sockets)
+    }
+
+    /// Best effort: without it, datagrams come one by one.
+    fn receive_many(&self) -> Offload {
+        let set = self.all().try_for_each(|socket| setsockopt(socket, UdpGroSegment, &true));
+        set.map_or_else(|errno| Offload::Refused(errno as i32), |()| Offload::On)
+    }
+
+    /// What is sent and received many at once, by name, and why not.
+    pub fn offloads(&self) -> [(&'static str, Offload); 2] {
+        let errno = self.segments_refused.load(Ordering::Relaxed);
+        let gso = match self.segments_below.load(Ordering::Relaxed) {
+            usize::MAX => Offload::On,
+            0 if errno == 0 => Offload::Off,
+            0 => Offload::Refused(errno),
+            bytes => Offload::Below(u32::try_from(bytes).unwrap_or(u32::MAX), errno),
+        };
+        [(stats::offload::UDP_GSO, gso), (stats::offload::UDP_GRO, self.gro.clone())]
     }
 
     fn set_fwmark(&mut self, fwmark: u32) -> io::Result<()> {
@@ -85,7 +113,16 @@ impl Sockets {
         let clone = |s: &Option<UdpSocket>| s.as_ref().map(UdpSocket::try_clone).transpose();
         let (ipv4, ipv6) = (clone(&self.ipv4)?, clone(&self.ipv6)?);
         let segments_below = AtomicUsize::new(self.segments_below.load(Ordering::Relaxed));
-        let mut sockets = Self { ipv4, ipv6, port: self.port, fwmark: self.fwmark, segments_below };
+        let segments_refused = AtomicI32::new(self.segments_refused.load(Ordering::Relaxed));
+        let mut sockets = Self {
+            ipv4,
+            ipv6,
+            port: self.port,
+            fwmark: self.fwmark,
+            segments_below,
+            segments_refused,
+            gro: self.gro.clone(),
+        };
         sockets.set_fwmark(fwmark)?;
         Ok(sockets)
     }
@@ -162,6 +199,7 @@ impl Sockets {
             _ => return,
         };
         self.segments_below.fetch_min(below, Ordering::Relaxed);
+        self.segments_refused.store(error.raw_os_error().unwrap_or(0), Ordering::Relaxed);
         tracing::debug!("segments of {segment} bytes: {error}; one by one from {below} bytes on");
     }
 }
@@ -190,7 +228,7 @@ fn available(result: io::Result<UdpSocket>) -> io::Result<Option<UdpSocket>> {
     }
 }
 
-fn open(address: SocketAddr, offload: bool) -> io::Result<UdpSocket> {
+fn open(address: SocketAddr) -> io::Result<UdpSocket> {
     let socket = Socket::new(Domain::for_address(address), Type::DGRAM, Some(Protocol::UDP))?;
     if address.is_ipv6() {
         socket.set_only_v6(true)?;
@@ -199,10 +237,6 @@ fn open(address: SocketAddr, offload: bool) -> io::Result<UdpSocket> {
     // A datagram over the path's MTU is cut into fragments, as in the kernel's WireGuard, not refused.
     sockopt::dont_discover_mtu(&socket, address.is_ipv6())?;
     enlarge(&socket);
-    if offload {
-        // Best effort: without it, datagrams come one by one.
-        let _ = setsockopt(&socket, UdpGroSegment, &true);
-    }
     socket.bind(&address.into())?;
     Ok(socket.into())
 }

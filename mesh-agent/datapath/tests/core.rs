@@ -70,7 +70,7 @@ fn a_replayed_datagram_is_counted_and_harmless() {
     assert_eq!(b.receive(now(), a.at, &wire[0].1).1.len(), 1);
     assert_eq!(b.receive(now(), a.at, &wire[0].1).1.len(), 0);
     assert_eq!(b.drops(Drop::Replayed), 1);
-    assert_eq!(b.device.stats().peers[&a.public()]["replayed"], 1);
+    assert_eq!(b.device.stats().peers[&a.public()].drops["replayed"], 1);
 }
 
 #[test]
@@ -124,7 +124,7 @@ fn a_peer_cannot_send_from_a_longer_prefix_of_another() {
         assert!(run(&[&a, &b], spoofed).is_empty(), "{source}");
     }
     assert_eq!(b.drops(Drop::SpoofedSource), 2);
-    assert_eq!(b.device.stats().peers[&a.public()]["spoofed_source"], 2);
+    assert_eq!(b.device.stats().peers[&a.public()].drops["spoofed_source"], 2);
 }
 
 #[test]
@@ -535,4 +535,24 @@ fn packets_of_the_session_before_are_still_taken() {
     for (_, datagram) in late {
         assert_eq!(b.receive(at, a.at, &datagram).1.len(), 1);
     }
+}
+
+#[test]
+fn a_handshake_on_demand_replaces_a_live_session_and_is_counted() {
+    let (a, b) = connected();
+    let before = a.device.stats().peers[&b.public()].clone();
+    assert!(before.rx_packets > 0 && before.tx_packets > 0, "{before:?}");
+    a.update(&b, PeerUpdate { initiate: true, ..Default::default() });
+    let soon = later(now(), Duration::from_millis(250));
+    let wire = a.tick(soon);
+    assert_eq!((wire.len(), wire[0].1[0]), (1, 1), "at once, in spite of the session");
+    let (response, _) = b.receive(soon, a.at, &wire[0].1);
+    // The old session serves in between.
+    let data = a.send(soon, &packet("10.0.0.1", "10.0.0.2", 84));
+    assert_eq!((data[0].1[0], b.receive(soon, a.at, &data[0].1).1.len()), (4, 1));
+    a.receive(soon, b.at, &response[0].1);
+    let after = a.device.stats().peers[&b.public()].clone();
+    assert_eq!(after.handshakes, before.handshakes + 1);
+    assert_eq!(after.initiations, before.initiations + 1);
+    assert!(a.tick(later(soon, Duration::from_millis(250))).is_empty(), "once");
 }

@@ -3,6 +3,7 @@
 
 mod world;
 
+use mesh_uapi::Offload;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::sync::mpsc;
 
@@ -120,6 +121,15 @@ fn data_arrives_between_one_with_offloads_and_one_without() {
     in_world(|| carries_data("on", "off"));
 }
 
+/// `get=stats` says which offloads are in use. This kernel has all of them.
+fn told(side: &Side, offload: &str) {
+    let stats = mesh_uapi::Client::new(mesh_uapi::client::socket_path(&side.interface)).stats().unwrap();
+    for (name, state) in stats.offloads {
+        let on = offload == "on" || name.starts_with(offload);
+        assert_eq!(state, if on { Offload::On } else { Offload::Off }, "{name} with {offload}");
+    }
+}
+
 #[test]
 fn an_interface_left_by_one_with_offloads_serves_one_without_and_the_other_way_round() {
     in_world(|| {
@@ -133,6 +143,7 @@ fn an_interface_left_by_one_with_offloads_serves_one_without_and_the_other_way_r
                 answers(&side.interface);
                 side.wg(&format!("private-key /run/{}.key listen-port {}", side.host.name(), side.port));
                 assert_eq!(has_vnet_header(side), matches!(offload, "on" | "tun"), "{offload}");
+                told(side, offload);
             }
             let endpoint = format!("192.0.2.2:{}", tunnel.right.port);
             tunnel.left.befriend(&tunnel.right, Some(&endpoint));

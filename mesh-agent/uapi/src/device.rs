@@ -76,4 +76,26 @@ pub struct PeerUpdate {
     pub remove_allowed_ips: BTreeSet<IpNet>,
     /// `replace_allowed_ips=true` before the additions (what `wg set` sends; our agent never does).
     pub replace_allowed_ips: bool,
+    /// `initiate=true`: starts a handshake now, the old session serving until the new one is there. An extension
+    /// of mesh-datapath's; see [`PeerUpdate::in_plain_uapi`] for devices without it.
+    pub initiate: bool,
+}
+
+impl PeerUpdate {
+    /// The same for a device that does not know `initiate`: a persistent keepalive that is switched on is sent at
+    /// once, and starts a handshake where there is no session. It ends as `self` has it, off if `self` says nothing.
+    pub fn in_plain_uapi(&self) -> Vec<Self> {
+        if !self.initiate {
+            return vec![self.clone()];
+        }
+        let keepalive =
+            |seconds| Self { update_only: true, persistent_keepalive: Some(seconds), ..Self::default() };
+        let first = Self { initiate: false, persistent_keepalive: Some(0), ..self.clone() };
+        let mut all = vec![first];
+        match self.persistent_keepalive {
+            Some(seconds @ 1..) => all.push(keepalive(seconds)),
+            _ => all.extend([keepalive(u16::MAX), keepalive(0)]),
+        }
+        all
+    }
 }

@@ -11,4 +11,4 @@ pub mod stats;
 pub use client::{Client, ClientError};
 pub use codec::CodecError;
 pub use device::{Device, Op, Peer, PeerUpdate};
-pub use stats::Stats;
+pub use stats::{Offload, PeerStats, Stats};

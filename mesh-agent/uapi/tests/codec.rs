@@ -8,7 +8,7 @@ use std::time::{Duration, UNIX_EPOCH};
 use ipnet::IpNet;
 use keyservice::{PresharedKey, PrivateKey, PublicKey};
 use mesh_uapi::codec::{self, Lines, Request};
-use mesh_uapi::{CodecError, Device, Op, Peer, PeerUpdate, Stats};
+use mesh_uapi::{CodecError, Device, Offload, Op, Peer, PeerStats, PeerUpdate, Stats};
 use proptest::prelude::*;
 
 fn key() -> impl Strategy<Value = PublicKey> {
@@ -59,13 +59,40 @@ prop_compose! {
         add_allowed_ips in prefixes(),
         remove in prefixes(),
         replace_allowed_ips: bool,
+        initiate: bool,
     ) -> PeerUpdate {
         let remove_allowed_ips = &remove - &add_allowed_ips;
         PeerUpdate {
             update_only, preshared_key, endpoint, persistent_keepalive, add_allowed_ips, remove_allowed_ips,
-            replace_allowed_ips,
+            replace_allowed_ips, initiate,
         }
     }
+}
+
+fn counts() -> impl Strategy<Value = BTreeMap<String, u64>> {
+    prop::collection::btree_map("[a-z_]{1,20}", any::<u64>(), 0..5)
+}
+
+fn peer_stats() -> impl Strategy<Value = PeerStats> {
+    let counters = any::<[u64; 4]>();
+    (counters, counts()).prop_map(|([rx_packets, tx_packets, handshakes, initiations], drops)| PeerStats {
+        rx_packets,
+        tx_packets,
+        handshakes,
+        initiations,
+        drops,
+    })
+}
+
+fn offload() -> impl Strategy<Value = Offload> {
+    prop_oneof![
+        Just(Offload::On),
+        Just(Offload::Off),
+        any::<i32>().prop_map(Offload::Refused),
+        any::<(u32, i32)>().prop_map(|(bytes, errno)| Offload::Below(bytes, errno)),
+        Just(Offload::Other("half 5".into())),
+        Just(Offload::Other("refused +5".into())),
+    ]
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -121,12 +148,31 @@ proptest! {
     #[test]
     fn stats_survive_render_and_parse(
         mtu: u32,
-        drops in prop::collection::btree_map("[a-z_]{1,20}", any::<u64>(), 0..5),
-        peers in prop::collection::btree_map(
-            key(), prop::collection::btree_map("[a-z_]{1,20}", any::<u64>(), 1..4), 0..4),
+        words in ("[a-z0-9-]{0,12}", "[a-z0-9-]{0,12}"),
+        offloads in prop::collection::btree_map("[a-z_]{1,20}", offload(), 0..5),
+        drops in counts(),
+        peers in prop::collection::btree_map(key(), peer_stats(), 0..4),
     ) {
-        let stats = Stats { version: "1.2.3".into(), mtu, drops, peers };
+        let (core, crypto) = words;
+        let stats = Stats { version: "1.2.3".into(), mtu, core, crypto, offloads, drops, peers };
         let text = codec::stats::render(&stats);
+        prop_assert_eq!(codec::stats::read(&mut Lines::new(text.as_bytes())).unwrap(), stats);
+    }
+
+    #[test]
+    fn stats_with_unknown_lines_mean_what_they_mean_without(
+        peers in prop::collection::btree_map(key(), peer_stats(), 1..4),
+        drops in counts(),
+        new in prop::collection::vec("[a-z]{1,8}x9=[^\\n\\x00]{0,40}", 1..6),
+        at in prop::collection::vec(any::<prop::sample::Index>(), 6),
+    ) {
+        let stats = Stats { version: "1".into(), drops, peers, ..Stats::default() };
+        let text = codec::stats::render(&stats);
+        let mut lines: Vec<&str> = text.trim_end().lines().collect();
+        for (line, at) in new.iter().zip(at) {
+            lines.insert(at.index(lines.len()), line);
+        }
+        let text = lines.join("\n") + "\n\n";
         prop_assert_eq!(codec::stats::read(&mut Lines::new(text.as_bytes())).unwrap(), stats);
     }
 
@@ -257,4 +303,33 @@ fn an_errno_of_either_sign_is_an_error() {
     }
     assert!(codec::read_set_reply(&mut Lines::new(&b"errno=0\n\n"[..])).is_ok());
     assert!(matches!(codec::read_set_reply(&mut Lines::new(&b""[..])), Err(CodecError::Truncated(_))));
+}
+
+#[test]
+fn what_an_older_datapath_says_is_read() {
+    let text =
+        format!("version=0.1.0\nmtu=1420\ndrop_replayed=1\npublic_key={KEY}\ndrop_bad_auth=2\nerrno=0\n\n");
+    let stats = codec::stats::read(&mut Lines::new(text.as_bytes())).unwrap();
+    assert_eq!((stats.mtu, stats.drops["replayed"], stats.core.as_str()), (1420, 1, ""));
+    let peer = &stats.peers[&PublicKey::from_hex(KEY).unwrap()];
+    assert_eq!((peer.rx_packets, peer.drops["bad_auth"]), (0, 2));
+}
+
+#[test]
+fn a_device_without_the_extension_is_told_by_its_keepalive() {
+    let update = |keepalive| PeerUpdate {
+        initiate: true,
+        endpoint: Some("192.0.2.1:5".parse().unwrap()),
+        persistent_keepalive: keepalive,
+        ..PeerUpdate::default()
+    };
+    let plain = |keepalive| {
+        let all = update(keepalive).in_plain_uapi();
+        assert!(all.iter().all(|update| !update.initiate));
+        assert_eq!(all[0].endpoint, update(None).endpoint);
+        all.iter().map(|update| update.persistent_keepalive.unwrap()).collect::<Vec<_>>()
+    };
+    assert_eq!(plain(Some(25)), [0, 25], "off, and on again");
+    assert_eq!(plain(Some(0)), [0, 65535, 0], "it stays off");
+    assert_eq!(plain(None), [0, 65535, 0]);
 }

@@ -67,11 +67,17 @@ fn what_is_refused_in_segments_goes_out_one_by_one() {
     let to = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), sockets.port);
     sockets.learn(1452, &io::Error::from_raw_os_error(libc::EHOSTUNREACH));
     assert_eq!(sockets.segments_below.load(Ordering::Relaxed), usize::MAX);
+    let gso = || sockets.offloads()[0].1.clone();
+    assert_eq!(gso(), Offload::On);
     sockets.learn(1452, &io::Error::from_raw_os_error(libc::EINVAL));
     sockets.learn(9000, &io::Error::from_raw_os_error(libc::EINVAL));
     assert_eq!(sockets.segments_below.load(Ordering::Relaxed), 1452);
+    assert_eq!(gso(), Offload::Below(1452, libc::EINVAL));
     sockets.learn(100, &io::Error::from_raw_os_error(libc::EIO));
     assert_eq!(sockets.segments_below.load(Ordering::Relaxed), 0);
+    assert_eq!(gso(), Offload::Refused(libc::EIO));
+    let all = Sockets::bind(0, 0, false).unwrap().offloads();
+    assert!(all.iter().all(|(_, state)| *state == Offload::Off), "{all:?}");
     assert_eq!(send(&sockets, &Run { bytes: b"abc", segment: 1, to: &to }), (0, None));
     assert_eq!(receive(sockets.ipv4.as_ref().unwrap())[0].0.length, 1);
 }

@@ -128,6 +128,10 @@ impl Section {
                     update.add_allowed_ips.insert(prefix);
                 }
             },
+            "initiate" => {
+                only_true(line, key, value)?;
+                update.initiate = true;
+            }
             "protocol_version" if value == "1" => {}
             "protocol_version" => return Err(CodecError::field(line, key, "only version 1 exists")),
             _ => return Err(CodecError::field(line, key, "unknown peer key")),
@@ -223,6 +227,9 @@ fn render_update(out: &mut String, update: &PeerUpdate) -> std::fmt::Result {
     }
     for prefix in &update.add_allowed_ips {
         writeln!(out, "allowed_ip={prefix}")?;
+    }
+    if update.initiate {
+        writeln!(out, "initiate=true")?;
     }
     Ok(())
 }
