@@ -1,5 +1,5 @@
 //! A session as bytes, for the process that takes a running device over. They are secret: they belong into a
-//! sealed memory file between the two, never on a disk.
+//! sealed memory file between the two, never on a disk. Whoever puts these pieces together gives the whole a version.
 //!
 //! A keypair is, little endian: role u8 (1 initiator), local index u32, remote index u32, next counter u64, sending
 //! key 32, receiving key 32, the replay window as u64s. A peer's timestamps are the two of 12 bytes.

@@ -22,6 +22,8 @@ pub mod lanes;
 pub mod message;
 pub mod replay;
 pub mod timestamp;
+#[cfg(test)]
+mod vectors;
 
 pub use cookie::CookieMaker;
 pub use handshake::{HandshakeError, OpenedInitiation, Remote, open_initiation};

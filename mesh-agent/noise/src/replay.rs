@@ -70,8 +70,12 @@ impl Window {
     /// How many numbers [`Window::words`] gives.
     pub(crate) const COUNT: usize = WORDS as usize + 1;
 
+    /// `None` for one that was never: beyond the last counter.
     pub(crate) fn from_words(words: &[u64; Self::COUNT]) -> Option<Self> {
         let (next, seen) = words.split_first()?;
+        if *next > REJECT_AFTER_MESSAGES {
+            return None;
+        }
         Some(Self { next: *next, seen: seen.try_into().ok()? })
     }
 }
