@@ -87,6 +87,7 @@ fn change(
         // What another peer is to own moves there by being added: never without an owner in between.
         remove_allowed_ips: stale.filter(|prefix| prune && !owned.contains(*prefix)).copied().collect(),
         replace_allowed_ips: false,
+        initiate: false,
     };
     let empty = update.preshared_key.is_none()
         && update.endpoint.is_none()
