@@ -6,6 +6,10 @@ use mesh_noise::lanes::{self, BURST, Engine, Packet, TAG};
 use proptest::collection::vec;
 use proptest::prelude::*;
 
+#[path = "../../fuzz/lanes_checks.rs"]
+#[allow(unreachable_pub)]
+mod lanes_checks;
+
 const KEY: [u8; 32] = [
     0x00, 0x01, 0x02, 0x03, 0x04, 0x05, 0x06, 0x07, 0x08, 0x09, 0x0a, 0x0b, 0x0c, 0x0d, 0x0e, 0x0f, 0x10,
     0x11, 0x12, 0x13, 0x14, 0x15, 0x16, 0x17, 0x18, 0x19, 0x1a, 0x1b, 0x1c, 0x1d, 0x1e, 0x1f,
@@ -193,6 +197,17 @@ fn neighbouring_bytes_stay_as_they_are() {
                 assert!(bytes[0] == 0xa5 && bytes[length + TAG + 1..] == [0xa5; 2], "{engine:?} {length}");
             }
         }
+    }
+}
+
+/// Every input the fuzzer found worth keeping, through the same check.
+#[test]
+fn fuzzed_bursts_are_sealed_and_opened_as_by_ring() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/corpus/lanes");
+    let inputs: Vec<_> = std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    assert!(inputs.len() >= 4, "{}: only {} inputs", folder.display(), inputs.len());
+    for input in inputs {
+        lanes_checks::lanes(&std::fs::read(input).unwrap());
     }
 }
 
