@@ -59,12 +59,12 @@ pub enum Engine {
 
 /// Seals a burst, of at most [`BURST`] packets or so, by what is fastest for it. As [`Engine::seal`].
 pub fn seal(key: &[u8; 32], packets: &mut [Packet<'_>]) {
-    Engine::for_burst(packets, 7).seal(key, packets);
+    Engine::for_burst(packets, 10).seal(key, packets);
 }
 
 /// Opens a burst, of at most [`BURST`] packets or so, by what is fastest for it. As [`Engine::open`].
 pub fn open(key: &[u8; 32], packets: &mut [Packet<'_>], authentic: &mut [bool]) {
-    Engine::for_burst(packets, if packets.len() > 1 { 9 } else { 32 }).open(key, packets, authentic);
+    Engine::for_burst(packets, if packets.len() > 1 { 15 } else { 32 }).open(key, packets, authentic);
 }
 
 static ONLY_RING: AtomicBool = AtomicBool::new(false);
@@ -90,10 +90,11 @@ impl Engine {
         }
     }
 
-    /// Batches that are mostly empty do not pay. The limits are measured (`examples/crypto_speed.rs`).
-    fn for_burst(packets: &[Packet<'_>], least_blocks: usize) -> Engine {
-        let blocks = packets.iter().map(Packet::blocks).sum::<usize>();
-        if blocks < least_blocks { Engine::Ring } else { Engine::current() }
+    /// Batches that are mostly empty do not pay. What a burst costs `ring`: its blocks, and two more a packet. The least for
+    /// which lanes are faster is measured (`examples/crypto_speed.rs`).
+    fn for_burst(packets: &[Packet<'_>], least_cost: usize) -> Engine {
+        let cost = packets.iter().map(|packet| packet.blocks() + 2).sum::<usize>();
+        if cost < least_cost { Engine::Ring } else { Engine::current() }
     }
 
     /// From here on this process uses [`Engine::Ring`]: to compare.
