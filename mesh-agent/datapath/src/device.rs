@@ -7,7 +7,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use keyservice::{PrivateKey, PublicKey};
@@ -99,7 +99,8 @@ impl Device {
             strays: Mutex::default(),
             cipher,
             mtu: AtomicUsize::new(DEFAULT_MTU),
-            epoch: Instant::now(),
+            // Before any session that may be taken over.
+            epoch: Instant::now().checked_sub(Duration::from_secs(3600)).unwrap_or_else(Instant::now),
             drops: Counters::default(),
         }
     }
@@ -165,6 +166,7 @@ impl Device {
             },
             Event::Stray(from) => self.handle_stray(now, from, rng, out),
             Event::Initiate(peer) => self.initiate(now, &peer, rng, out),
+            Event::Nothing => {}
         }
         out.seal();
     }

@@ -4,10 +4,10 @@
 use std::io::{self, PipeReader, PipeWriter, Read as _, Write as _};
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
-use std::thread;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant, SystemTime};
 
 use mesh_uapi::{Op, Stats};
@@ -18,6 +18,8 @@ use crate::batch::Batch;
 use crate::configure::{self, Refusal, SocketChange};
 use crate::counters::Drop;
 use crate::device::{Device, Step};
+use crate::handover::state::State;
+use crate::handover::transfer::Extent;
 use crate::offload::Offload;
 use crate::offload::coalesce::coalesce;
 use crate::offload::split::{SuperPacket, complete_checksum};
@@ -49,6 +51,8 @@ pub enum Exit {
     InterfaceDeleted,
     /// The UAPI socket's file was removed: how one asks a userspace device to go.
     SocketRemoved,
+    /// Another process drives the device now.
+    HandedOver,
     /// A signal, by its name.
     Signal(&'static str),
     /// Nothing can be done any more.
@@ -83,15 +87,23 @@ pub struct Engine {
     tun: Tun,
     offload: Offload,
     sockets: RwLock<Arc<Sockets>>,
-    /// Wakes the receiver when the sockets change.
-    wake: PipeWriter,
-    woken: PipeReader,
+    /// Wakes the receiver when the sockets change, and when it is to stop.
+    wake_receiver: (PipeReader, PipeWriter),
+    /// Wakes the sender when it is to stop.
+    wake_sender: (PipeReader, PipeWriter),
+    stopping: AtomicBool,
+    threads: Mutex<Vec<JoinHandle<()>>>,
     /// One request at a time.
     configuring: Mutex<()>,
     /// What the thread for everything slow is to do.
     slow: SyncSender<Event>,
-    events: Mutex<Option<Receiver<Event>>>,
+    events: Mutex<Receiver<Event>>,
+    /// Is told the configuration after each change.
+    keeper: OnceLock<Keeper>,
 }
+
+/// Keeps a configuration for after a crash.
+type Keeper = Box<dyn Fn(&State) -> io::Result<()> + Send + Sync>;
 
 /// The clock, read once a step.
 pub fn now() -> Now {
@@ -101,13 +113,23 @@ pub fn now() -> Now {
 impl Engine {
     /// A device without a key on `tun` and `sockets`.
     pub fn new(tun: Tun, sockets: Sockets, offload: Offload, cipher: Cipher) -> io::Result<Arc<Self>> {
-        let (woken, wake) = io::pipe()?;
         let device = Device::new(cipher);
         device.set_mtu(tun.mtu()?);
-        let sockets = RwLock::new(Arc::new(sockets));
         let (slow, events) = sync_channel(QUEUE);
-        let (configuring, events) = (Mutex::new(()), Mutex::new(Some(events)));
-        Ok(Arc::new(Self { device, tun, offload, sockets, wake, woken, configuring, slow, events }))
+        Ok(Arc::new(Self {
+            device,
+            tun,
+            offload,
+            sockets: RwLock::new(Arc::new(sockets)),
+            wake_receiver: io::pipe()?,
+            wake_sender: io::pipe()?,
+            stopping: AtomicBool::new(false),
+            threads: Mutex::default(),
+            configuring: Mutex::default(),
+            slow,
+            events: Mutex::new(events),
+            keeper: OnceLock::new(),
+        }))
     }
 
     /// The TUN.
@@ -131,11 +153,57 @@ impl Engine {
 
     /// Applies a request: all of it, or nothing.
     pub fn apply(&self, ops: &[Op]) -> Result<(), ApplyError> {
-        let _one = self.configuring.lock().unwrap_or_else(PoisonError::into_inner);
+        let one = self.configuring();
         configure::check(ops)?;
         self.change_sockets(SocketChange::of(ops))?;
         self.device.apply(ops)?;
+        self.keep(&one);
         Ok(())
+    }
+
+    /// Nothing is configured while this is held.
+    pub(crate) fn configuring(&self) -> MutexGuard<'_, ()> {
+        self.configuring.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells `keeper` the configuration, now and after each change.
+    pub fn set_keeper(&self, keeper: Keeper) {
+        let _ = self.keeper.set(keeper);
+        self.keep(&self.configuring());
+    }
+
+    fn keep(&self, _: &MutexGuard<'_, ()>) {
+        let Some(keeper) = self.keeper.get() else { return };
+        if let Err(e) = keeper(&self.export(Extent::Configuration)) {
+            tracing::warn!("{}: the configuration would not survive a crash: {e}", self.tun.name());
+        }
+    }
+
+    /// What there is to tell about the device. Everything is only told once the threads were stopped.
+    pub fn export(&self, extent: Extent) -> State {
+        let sockets = self.sockets();
+        let state = self.device.export(now(), extent);
+        State { port: sockets.port, fwmark: sockets.fwmark, ..state }
+    }
+
+    /// Waits until no thread works on packets any more. They stay where they are; [`Engine::start`] goes on with them.
+    pub fn stop(&self) {
+        self.stopping.store(true, Ordering::SeqCst);
+        for (_, wake) in [&self.wake_receiver, &self.wake_sender] {
+            let mut wake: &PipeWriter = wake;
+            let _ = wake.write_all(&[0]);
+        }
+        let _ = self.slow.try_send(Event::Nothing);
+        let threads = std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
+        for thread in threads {
+            // A panic was told when it happened.
+            let _ = thread.join();
+        }
+        self.stopping.store(false, Ordering::SeqCst);
+    }
+
+    fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::SeqCst)
     }
 
     fn change_sockets(&self, change: SocketChange) -> io::Result<()> {
@@ -147,39 +215,50 @@ impl Engine {
             _ => return Ok(()),
         };
         *self.sockets.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(sockets);
-        (&self.wake).write_all(&[0])
+        let mut wake: &PipeWriter = &self.wake_receiver.1;
+        wake.write_all(&[0])
     }
 
     /// Starts the threads. The reason they end for, if they do, comes through `exit`.
     pub fn start(self: &Arc<Self>, exit: &Sender<Exit>) -> io::Result<()> {
-        type Job = fn(&Engine) -> Exit;
+        type Job = fn(&Engine) -> Option<Exit>;
         let jobs: [(&str, Job); 3] =
             [("tx", Engine::transmit), ("rx", Engine::receive), ("slow", Engine::slow)];
         for (name, job) in jobs {
             let (engine, exit) = (self.clone(), exit.clone());
-            thread::Builder::new().name(name.to_owned()).spawn(move || {
+            let thread = thread::Builder::new().name(name.to_owned()).spawn(move || {
                 let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| job(&engine)));
-                let _ = exit.send(result.unwrap_or_else(|_| Exit::Failed(format!("thread {name} panicked"))));
+                let why = result.unwrap_or_else(|_| Some(Exit::Failed(format!("thread {name} panicked"))));
+                // No reason: it was told to stop.
+                if let Some(why) = why {
+                    let _ = exit.send(why);
+                }
             })?;
+            self.threads.lock().unwrap_or_else(PoisonError::into_inner).push(thread);
         }
         Ok(())
     }
 
     /// TUN to network.
-    fn transmit(&self) -> Exit {
+    fn transmit(&self) -> Option<Exit> {
         let mut buffer = vec![0; BUFFER];
         let mut out = Outbox::default();
         loop {
-            if let Err(e) = wait(&mut [PollFd::new(self.tun.as_fd(), PollFlags::POLLIN)]) {
-                return Exit::Failed(format!("poll on the TUN: {e}"));
+            let mut ready = [self.wake_sender.0.as_fd(), self.tun.as_fd()].map(readable);
+            if let Err(e) = wait(&mut ready) {
+                return Some(Exit::Failed(format!("poll on the TUN: {e}")));
             }
             let mut more = true;
             while more {
+                if self.is_stopping() {
+                    drain(&self.wake_sender.0);
+                    return None;
+                }
                 let now = now();
                 let mut step = self.device.step(now);
                 match self.read_packets(&mut step, &mut buffer, &mut out) {
                     Ok(full) => more = full,
-                    Err(exit) => return exit,
+                    Err(exit) => return Some(exit),
                 }
                 out.seal();
                 drop(step);
@@ -212,29 +291,30 @@ impl Engine {
     }
 
     /// Network to TUN.
-    fn receive(&self) -> Exit {
+    fn receive(&self) -> Option<Exit> {
         let mut buffer = vec![0; RECEIVED * MESSAGE];
         let mut out = Outbox::default();
         let mut sockets = self.sockets();
         loop {
-            let mut ready: Vec<PollFd<'_>> = std::iter::once(self.woken.as_fd())
-                .chain(sockets.all().map(AsFd::as_fd))
-                .map(|fd: BorrowedFd<'_>| PollFd::new(fd, PollFlags::POLLIN))
-                .collect();
+            let fds = std::iter::once(self.wake_receiver.0.as_fd()).chain(sockets.all().map(AsFd::as_fd));
+            let mut ready: Vec<PollFd<'_>> = fds.map(readable).collect();
             if let Err(e) = wait(&mut ready) {
-                return Exit::Failed(format!("poll on the sockets: {e}"));
+                return Some(Exit::Failed(format!("poll on the sockets: {e}")));
             }
             let woken = ready.first().and_then(PollFd::any).unwrap_or(false);
             let mut more = !woken;
-            while more {
+            while more && !self.is_stopping() {
                 more = false;
                 for socket in sockets.all() {
                     more |= self.receive_some(socket, &mut buffer, &mut out);
                 }
             }
             if woken {
-                let _ = (&self.woken).read(&mut [0; 64]);
+                drain(&self.wake_receiver.0);
                 sockets = self.sockets();
+            }
+            if self.is_stopping() {
+                return None;
             }
         }
     }
@@ -266,9 +346,8 @@ impl Engine {
     }
 
     /// Handshakes and time.
-    fn slow(&self) -> Exit {
-        let events = self.events.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let Some(events) = events else { return Exit::Failed("started twice".to_owned()) };
+    fn slow(&self) -> Option<Exit> {
+        let events = self.events.lock().unwrap_or_else(PoisonError::into_inner);
         let mut out = Outbox::default();
         let mut rng = rand::rng();
         let mut due = Instant::now();
@@ -276,8 +355,13 @@ impl Engine {
             let event = match events.recv_timeout(due.saturating_duration_since(Instant::now())) {
                 Ok(event) => Some(event),
                 Err(RecvTimeoutError::Timeout) => None,
-                Err(RecvTimeoutError::Disconnected) => return Exit::Failed("no thread is left".to_owned()),
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Some(Exit::Failed("no thread is left".to_owned()));
+                }
             };
+            if self.is_stopping() {
+                return None;
+            }
             let now = now();
             for event in event.into_iter().chain(events.try_iter()).take(HANDSHAKES) {
                 match event {
@@ -339,7 +423,7 @@ impl Engine {
                     }
                     event
                 }
-                Event::Stray(_) | Event::Initiate(_) => event,
+                Event::Stray(_) | Event::Initiate(_) | Event::Nothing => event,
             };
             if self.slow.try_send(slow).is_err() {
                 self.device.drops.count(Drop::HandshakeQueueFull);
@@ -400,6 +484,15 @@ fn split(step: &mut Step<'_>, header: &VnetHeader, packet: &mut [u8], out: &mut 
     complete_checksum(header, packet)?;
     step.send(packet, out);
     Some(())
+}
+
+fn readable(fd: BorrowedFd<'_>) -> PollFd<'_> {
+    PollFd::new(fd, PollFlags::POLLIN)
+}
+
+/// Takes the word that woke us.
+fn drain(mut pipe: &PipeReader) {
+    let _ = pipe.read(&mut [0; 64]);
 }
 
 /// Waits until one is ready, or in error.

@@ -6,7 +6,7 @@
 //! and `ip_packet` are tables and parsers, `counters` says what was dropped and why.
 //! `engine` runs a core on real devices: `tun`, `udp`, and `server` for WireGuard's UAPI. `offload` cuts and joins
 //! the large packets of the TUN.
-//! `process` is daemonising, privileges and readiness.
+//! `handover` passes a device to the next process. `process` is daemonising, privileges and readiness.
 
 pub mod allowed_ips;
 pub mod batch;
@@ -15,6 +15,7 @@ pub mod counters;
 pub mod device;
 pub mod engine;
 pub mod gate;
+pub mod handover;
 pub mod handshakes;
 pub mod index;
 pub mod ip_packet;

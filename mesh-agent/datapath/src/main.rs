@@ -1,15 +1,20 @@
 //! `mesh-datapath IFNAME`: one userspace WireGuard device, configured over its UAPI socket.
 
+use std::cell::RefCell;
 use std::io::IsTerminal as _;
-use std::path::Path;
+use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 use std::sync::{Arc, mpsc};
 
 use anyhow::Context as _;
 use clap::Parser;
-use mesh_datapath::engine::{Engine, Exit};
+use mesh_datapath::engine::{self, Engine, Exit};
+use mesh_datapath::handover::service::Service;
+use mesh_datapath::handover::socket::{self, Inheritance};
 use mesh_datapath::offload::{self, Offload};
-use mesh_datapath::process::{daemon, notify, privileges, signals};
+use mesh_datapath::process::kept::Kept;
+use mesh_datapath::process::supervisor::{self, Ready};
+use mesh_datapath::process::{daemon, notify, privileges, sandbox, signals};
 use mesh_datapath::server::{self, Server};
 use mesh_datapath::session::Cipher;
 use mesh_datapath::tun::{self, Tun};
@@ -30,6 +35,12 @@ struct Arguments {
     /// Leaves the interface in place at the end, so that its packets are dropped and take no other route
     #[arg(long)]
     persist: bool,
+    /// Starts the device again when it crashes, from a process that keeps interface and configuration
+    #[arg(long, requires = "foreground")]
+    supervise: bool,
+    /// Takes the device over from the process that drives it, with all sessions; starts it if there is none
+    #[arg(long)]
+    replace: bool,
     /// The interface; made if there is none, taken over if its last owner is gone
     #[arg(value_name = "IFNAME")]
     interface: String,
@@ -38,8 +49,12 @@ struct Arguments {
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     start_log();
-    match run(&arguments) {
-        Ok(()) => ExitCode::SUCCESS,
+    report(run(&arguments))
+}
+
+fn report(result: anyhow::Result<ExitCode>) -> ExitCode {
+    match result {
+        Ok(code) => code,
         Err(error) => {
             tracing::error!("{error:#}");
             ExitCode::FAILURE
@@ -61,27 +76,51 @@ fn start_log() {
     tracing_subscriber::fmt().with_env_filter(filter).with_ansi(ansi).with_writer(std::io::stderr).init();
 }
 
-fn run(arguments: &Arguments) -> anyhow::Result<()> {
+/// What a device needs that is made once, whoever works on it.
+struct Held {
+    tun: Tun,
+    server: Arc<Server>,
+    offload: Offload,
+    /// The configuration, for the worker after a crash.
+    kept: Option<Kept>,
+}
+
+fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let name = &arguments.interface;
     tun::check_name(name)?;
-    let path = mesh_uapi::client::socket_path(name);
-    server::claim(&path)?;
     let offload = offloads()?;
     choose_crypto()?;
-    let tun = Tun::open(name, offload.tun)?;
-    let sockets = Sockets::bind(0, 0, offload.udp).context("UDP sockets")?;
-    let engine = Engine::new(tun, sockets, offload, cipher())?;
-    match serve(arguments, &path, &engine)? {
-        // As after a crash, the interface stays: its packets must not take another road.
-        Exit::Failed(why) => anyhow::bail!("{name}: {why}"),
-        exit => tracing::info!("{name}: ends: {exit:?}"),
+    let handover = socket::path(name);
+    let inheritance = match arguments.replace {
+        true => socket::ask(&handover).with_context(|| format!("{}", handover.display()))?,
+        false => None,
+    };
+    let path = mesh_uapi::client::socket_path(name);
+    let kept = arguments.supervise.then(Kept::new).transpose().context("memfd_create")?;
+    let held = match &inheritance {
+        Some(Inheritance { tun, listener, .. }) => {
+            let tun = Tun::adopt(name, tun.try_clone().context("descriptor of the TUN")?, offload.tun)?;
+            let listener = listener.try_clone().context("descriptor of the socket")?;
+            Held { tun, server: Arc::new(Server::adopt(&path, listener)?), offload, kept }
+        }
+        None => {
+            server::claim(&path)?;
+            let tun = Tun::open(name, offload.tun)?;
+            Held { tun, server: Arc::new(Server::bind(&path)?), offload, kept }
+        }
+    };
+    if !arguments.supervise {
+        return work(arguments, held, inheritance, None);
     }
-    if !arguments.persist
-        && let Err(e) = engine.tun().set_persistent(false)
-    {
-        tracing::debug!("{name}: {e}");
-    }
-    Ok(())
+    privileges::drop_all_but_kept().map_err(anyhow::Error::msg)?;
+    let (held, inheritance) = (RefCell::new(Some(held)), RefCell::new(inheritance));
+    let work = |ready| {
+        // In a process of its own: what it takes stays with its parent.
+        let Some(held) = held.take() else { return ExitCode::FAILURE };
+        report(work(arguments, held, inheritance.take(), Some(ready)))
+    };
+    // The first worker has the predecessor's sockets now; open here too, they would take packets nobody reads.
+    supervisor::supervise(work, || drop(inheritance.take())).context("fork")
 }
 
 /// All, unless the environment turns some off.
@@ -114,41 +153,128 @@ fn cipher() -> Cipher {
     Cipher::Null
 }
 
-/// Runs the engine until it ends.
-fn serve(arguments: &Arguments, path: &Path, engine: &Arc<Engine>) -> anyhow::Result<Exit> {
-    let server = Arc::new(Server::bind(path)?);
+/// Drives the device until it ends, and leaves its socket to whoever goes on.
+fn work(
+    arguments: &Arguments,
+    held: Held,
+    inheritance: Option<Inheritance>,
+    ready: Option<Ready>,
+) -> anyhow::Result<ExitCode> {
+    let server = held.server.clone();
+    let name = &arguments.interface;
+    let taken_over = inheritance.is_some();
+    let result = drive(arguments, held, inheritance, ready);
+    let goes_on = match &result {
+        Ok(Exit::HandedOver) => true,
+        // The next worker; or the predecessor, if this one did not come to say that it is ready.
+        Ok(Exit::Failed(_)) | Err(_) => arguments.supervise || taken_over,
+        Ok(_) => false,
+    };
+    if !goes_on {
+        server.remove();
+    }
+    match result? {
+        // As after a crash, the interface stays: its packets must not take another road.
+        Exit::Failed(why) => anyhow::bail!("{name}: {why}"),
+        Exit::HandedOver => tracing::info!("{name}: another process goes on"),
+        exit => tracing::info!("{name}: ends: {exit:?}"),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn drive(
+    arguments: &Arguments,
+    held: Held,
+    inheritance: Option<Inheritance>,
+    ready: Option<Ready>,
+) -> anyhow::Result<Exit> {
+    let name = arguments.interface.clone();
+    let Held { tun, server, offload, kept } = held;
+    let inherited = inheritance.is_some();
+    let (stream, state, sockets) = match inheritance {
+        Some(Inheritance { stream, state, sockets, .. }) => {
+            let fwmark = state.as_ref().map_or(0, |state| state.fwmark);
+            let sockets = Sockets::adopt(sockets, fwmark, offload.udp).context("UDP sockets")?;
+            (Some(stream), state, sockets)
+        }
+        None => {
+            let state = kept.as_ref().map(Kept::read).transpose().context("kept configuration")?.flatten();
+            let (port, fwmark) = state.as_ref().map_or((0, 0), |state| (state.port, state.fwmark));
+            (None, state, Sockets::bind(port, fwmark, offload.udp).context("UDP sockets")?)
+        }
+    };
+    let engine = Engine::new(tun, sockets, offload, cipher())?;
+    if let Some(state) = &state {
+        engine.device.import(state, engine::now()).context("the predecessor's state")?;
+    } else if inherited {
+        tracing::warn!(
+            "{name}: the running process told its state in another version; the agent tells us again"
+        );
+    }
     // Not before: what fails until here leaves an interface that it found, and none that it made.
     engine.tun().set_persistent(true).context("TUNSETPERSIST")?;
-    let exit = (|| {
-        let parent = match arguments.foreground {
-            true => None,
-            false => {
-                let keep_output = ["LOG_LEVEL", "RUST_LOG"].iter().any(|v| std::env::var_os(v).is_some());
-                Some(daemon::daemonize(keep_output).context("daemonise")?)
-            }
-        };
-        privileges::drop_all_but_kept().map_err(anyhow::Error::msg)?;
-        let (sender, exits) = mpsc::channel();
-        signals::watch(sender.clone()).context("signals")?;
-        engine.start(&sender).context("threads")?;
-        server.start(engine, &sender).context("threads")?;
-        tracing::info!(
-            "mesh-datapath {} on {}, UDP port {}, MTU {}",
-            env!("CARGO_PKG_VERSION"),
-            arguments.interface,
-            engine.sockets().port,
-            engine.device.mtu()
-        );
-        if let Some(parent) = parent {
-            parent.ready().context("parent")?;
+    let exit = serve(arguments, &server, &engine, kept, stream, ready)?;
+    if !arguments.persist
+        && !matches!(exit, Exit::Failed(_) | Exit::HandedOver)
+        && let Err(e) = engine.tun().set_persistent(false)
+    {
+        tracing::debug!("{name}: {e}");
+    }
+    Ok(exit)
+}
+
+/// Runs the engine until it ends.
+fn serve(
+    arguments: &Arguments,
+    server: &Arc<Server>,
+    engine: &Arc<Engine>,
+    kept: Option<Kept>,
+    predecessor: Option<UnixStream>,
+    ready: Option<Ready>,
+) -> anyhow::Result<Exit> {
+    let parent = match arguments.foreground {
+        true => None,
+        false => {
+            let keep_output = ["LOG_LEVEL", "RUST_LOG"].iter().any(|v| std::env::var_os(v).is_some());
+            Some(daemon::daemonize(keep_output).context("daemonise")?)
         }
-        if let Some(socket) = std::env::var_os("NOTIFY_SOCKET")
-            && let Err(e) = notify::ready(&socket)
-        {
-            tracing::warn!("NOTIFY_SOCKET {}: {e}", socket.display());
-        }
-        exits.recv().context("every thread is gone")
-    })();
-    server.remove();
+    };
+    privileges::drop_all_but_kept().map_err(anyhow::Error::msg)?;
+    let (sender, exits) = mpsc::channel();
+    signals::watch(sender.clone()).context("signals")?;
+    if let Some(stream) = predecessor {
+        // Only now does it end, and only now may anything be sealed.
+        socket::begin(&stream).context("take over from the running process")?;
+    }
+    let handover = socket::path(&arguments.interface);
+    let service = Arc::new(Service::bind(&handover).with_context(|| format!("{}", handover.display()))?);
+    if let Some(kept) = kept {
+        engine.set_keeper(Box::new(move |state| kept.write(state)));
+    }
+    engine.start(&sender).context("threads")?;
+    server.start(engine, &sender).context("threads")?;
+    service.start(engine, server, &sender).context("threads")?;
+    tracing::info!(
+        "mesh-datapath {} on {}, UDP port {}, MTU {}",
+        env!("CARGO_PKG_VERSION"),
+        arguments.interface,
+        engine.sockets().port,
+        engine.device.mtu()
+    );
+    if let Some(ready) = ready {
+        ready.say();
+    }
+    if let Some(parent) = parent {
+        parent.ready().context("parent")?;
+    }
+    if let Some(socket) = std::env::var_os("NOTIFY_SOCKET")
+        && let Err(e) = notify::ready(&socket)
+    {
+        tracing::warn!("NOTIFY_SOCKET {}: {e}", socket.display());
+    }
+    // Last: letting go of the terminal opens a file.
+    sandbox::enter()?;
+    let exit = exits.recv().context("every thread is gone");
+    service.remove();
     exit
 }

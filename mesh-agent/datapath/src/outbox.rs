@@ -33,6 +33,8 @@ pub(crate) enum Event {
     Stray(SocketAddr),
     /// A handshake is wanted.
     Initiate(Arc<Peer>),
+    /// Only to be woken.
+    Nothing,
 }
 
 /// A handshake message, kept without allocating.

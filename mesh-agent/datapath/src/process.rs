@@ -1,7 +1,10 @@
-//! What the process does around the device: daemonising, privileges, readiness, signals.
+//! What the process does around the device: daemonising, supervision, privileges and sandbox, readiness, signals.
 
 pub mod daemon;
+pub mod kept;
 pub mod notify;
 pub mod privileges;
+pub mod sandbox;
 pub mod signals;
 pub(crate) mod sockopt;
+pub mod supervisor;

@@ -94,6 +94,17 @@ impl Server {
         Ok(Self { path: path.to_owned(), listener, identity: (file.dev(), file.ino()) })
     }
 
+    /// Goes on with a socket that another process bound to `path`.
+    pub fn adopt(path: &Path, listener: UnixListener) -> Result<Self, ServerError> {
+        let file = fs::symlink_metadata(path).map_err(call(path, "stat"))?;
+        Ok(Self { path: path.to_owned(), listener, identity: (file.dev(), file.ino()) })
+    }
+
+    /// The listening socket.
+    pub fn listener(&self) -> &UnixListener {
+        &self.listener
+    }
+
     /// Whether the socket's file is still the one bound here.
     pub fn is_there(&self) -> bool {
         fs::symlink_metadata(&self.path).is_ok_and(|file| (file.dev(), file.ino()) == self.identity)

@@ -15,6 +15,7 @@ use crate::offload::vnet_header::VnetHeader;
 
 const TUNSETIFF: libc::Ioctl = 0x4004_54ca;
 const TUNSETPERSIST: libc::Ioctl = 0x4004_54cb;
+const TUNGETIFF: libc::Ioctl = 0x8004_54d2_u32 as libc::Ioctl;
 const TUNSETOFFLOAD: libc::Ioctl = 0x4004_54d0;
 const TUNSETVNETHDRSZ: libc::Ioctl = 0x4004_54d8;
 
@@ -126,6 +127,33 @@ impl Tun {
         tracing::debug!("{name}: large packets: {:?}", tun.large);
         if !existed {
             tun.set_mtu(DEFAULT_MTU).map_err(call("SIOCSIFMTU"))?;
+        }
+        Ok(tun)
+    }
+
+    /// Goes on with a descriptor that another process attached.
+    pub fn adopt(name: &str, attached: OwnedFd, offload: bool) -> Result<Self, TunError> {
+        check_name(name)?;
+        let call = |call| move |source| TunError::Call { name: name.to_owned(), call, source };
+        let control = control_socket().map_err(call("socket"))?;
+        let offloads = [Offload::Off, Offload::Off];
+        let mut tun =
+            Self { name: name.to_owned(), file: attached.into(), large: Large::No, offloads, control };
+        let mut query = request(name);
+        // SAFETY: the descriptor is open and TUNGETIFF writes one ifreq.
+        let result = unsafe { libc::ioctl(tun.file.as_raw_fd(), TUNGETIFF, &mut query) };
+        if result < 0 {
+            return Err(call("TUNGETIFF")(io::Error::last_os_error()));
+        }
+        // SAFETY: TUNGETIFF succeeded, so this member was written.
+        let flags = libc::c_int::from(unsafe { query.ifr_ifru.ifru_flags });
+        if flags & libc::IFF_VNET_HDR != 0 {
+            // The header stays with the descriptor; what is in it can be asked for anew.
+            tun.large = tun.negotiate().map_err(call("TUNSETVNETHDRSZ"))?;
+            if !offload {
+                tun.set_offload(0).map_err(call("TUNSETOFFLOAD"))?;
+                tun.offloads = [Offload::Off, Offload::Off];
+            }
         }
         Ok(tun)
     }

@@ -100,6 +100,25 @@ impl Sockets {
         [(stats::offload::UDP_GSO, gso), (stats::offload::UDP_GRO, self.gro.clone())]
     }
 
+    /// Goes on with sockets that another process bound.
+    pub fn adopt([ipv4, ipv6]: [Option<UdpSocket>; 2], fwmark: u32, offload: bool) -> io::Result<Self> {
+        let Some(any) = ipv4.as_ref().or(ipv6.as_ref()) else {
+            return Err(io::Error::from_raw_os_error(libc::EAFNOSUPPORT));
+        };
+        let port = any.local_addr()?.port();
+        let segments_below = AtomicUsize::new(if offload { usize::MAX } else { 0 });
+        let segments_refused = AtomicI32::new(0);
+        let mut sockets =
+            Self { ipv4, ipv6, port, fwmark, segments_below, segments_refused, gro: Offload::Off };
+        if offload {
+            sockets.gro = sockets.receive_many();
+        } else {
+            // The last owner may have had it on. Where the kernel has it, it can be turned off.
+            let _ = sockets.all().try_for_each(|socket| setsockopt(socket, UdpGroSegment, &false));
+        }
+        Ok(sockets)
+    }
+
     fn set_fwmark(&mut self, fwmark: u32) -> io::Result<()> {
         for socket in self.all() {
             socket2::SockRef::from(socket).set_mark(fwmark)?;

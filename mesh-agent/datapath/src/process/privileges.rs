@@ -26,5 +26,7 @@ pub fn drop_all_but_kept() -> Result<(), String> {
     caps::clear(None, CapSet::Inheritable).map_err(error("clear inheritable capabilities"))?;
     caps::set(None, CapSet::Effective, &kept).map_err(error("set effective capabilities"))?;
     caps::set(None, CapSet::Permitted, &kept).map_err(error("set permitted capabilities"))?;
+    // Its memory is full of keys.
+    nix::sys::prctl::set_dumpable(false).map_err(|e| format!("PR_SET_DUMPABLE: {e}"))?;
     nix::sys::prctl::set_no_new_privs().map_err(|e| format!("no_new_privs: {e}"))
 }
