@@ -180,6 +180,27 @@ fn a_worker_that_is_killed_is_back_at_once_with_its_configuration() {
 }
 
 #[test]
+fn a_hangup_upgrades_a_supervised_device_in_place_and_loses_nothing() {
+    in_world(|| {
+        let mut tunnel = tunnel(Kind::Ours, Kind::Ours, V4);
+        upgrade(&mut tunnel.left, "--supervise");
+        Host::Left.reaches("10.9.0.2");
+        let supervisor = tunnel.left.process.id();
+        under_load_nothing_is_lost(|| {
+            for _ in 0..5 {
+                let old = worker(supervisor).unwrap();
+                kill(Pid::from_raw(supervisor as i32), Signal::SIGHUP).unwrap();
+                until("another worker serves", || !alive(old as u32) && worker(supervisor).is_some());
+                answers("wg-left");
+            }
+        });
+        assert!(alive(supervisor));
+        kill(Pid::from_raw(supervisor as i32), Signal::SIGTERM).unwrap();
+        until("both end", || tunnel.left.process.try_wait().unwrap().is_some());
+    });
+}
+
+#[test]
 fn a_killed_supervisor_takes_its_worker_with_it_and_leaves_the_interface() {
     in_world(|| {
         let mut process = Host::Left.command(ours()).args(["-f", "--supervise", "wg-left"]).spawn().unwrap();

@@ -1,9 +1,12 @@
 //! A small process that starts the worker again when it crashes. It keeps the TUN open, so that packets wait in its
-//! queue, the UAPI's listener, so that clients wait too, and the worker's configuration in memory.
+//! queue, the UAPI's listener, so that clients wait too, and the worker's configuration in memory. On SIGHUP it becomes the
+//! program that is on the disk by then, and takes the device over from the worker.
 #![allow(unsafe_code)] // fork(2): sound here because no thread exists yet.
 
 use std::io::{self, PipeWriter, Read as _, Write as _};
-use std::process::ExitCode;
+use std::os::unix::process::CommandExt as _;
+use std::path::PathBuf;
+use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -34,7 +37,7 @@ impl Ready {
 /// once the first worker has what it needs.
 pub fn supervise(mut work: impl FnMut(Ready) -> ExitCode, mut after: impl FnMut()) -> io::Result<ExitCode> {
     let mut signals = SigSet::empty();
-    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGCHLD] {
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGCHLD] {
         signals.add(signal);
     }
     signals.thread_block()?;
@@ -82,15 +85,44 @@ fn wait(worker: Pid, signals: &SigSet) -> io::Result<(WaitStatus, bool)> {
     loop {
         match signals.wait() {
             Ok(Signal::SIGCHLD) | Err(Errno::EINTR) => {}
+            Ok(Signal::SIGHUP) => tracing::error!("no upgrade, this one goes on: {}", upgrade()),
             Ok(signal) => {
                 asked = true;
                 let _ = kill(worker, signal);
             }
             Err(e) => return Err(e.into()),
         }
-        match waitpid(worker, Some(WaitPidFlag::WNOHANG))? {
-            WaitStatus::StillAlive => {}
-            status => return Ok((status, asked)),
+        // One of ours from before an upgrade may end too.
+        loop {
+            match waitpid(None, Some(WaitPidFlag::WNOHANG))? {
+                WaitStatus::StillAlive => break,
+                status if status.pid() == Some(worker) => return Ok((status, asked)),
+                _ => {}
+            }
         }
     }
+}
+
+/// Becomes the program that is now on the disk, which takes the device over from our worker; returns why not. The
+/// process stays the same one, for whoever watches it.
+fn upgrade() -> io::Error {
+    let mut arguments = std::env::args_os();
+    let name = arguments.next().unwrap_or_default();
+    // The link of a program that was replaced ends in " (deleted)".
+    let program = match name.as_encoded_bytes().contains(&b'/') {
+        true => PathBuf::from(&name),
+        false => match std::env::current_exe() {
+            Ok(path) => path.to_string_lossy().trim_end_matches(" (deleted)").into(),
+            Err(e) => return e,
+        },
+    };
+    // Once it has taken our place there is no way back, so it is to show first that it runs.
+    match Command::new(&program).arg("--version").stdout(Stdio::null()).status() {
+        Ok(status) if status.success() => {}
+        Ok(status) => return io::Error::other(format!("{}: {status}", program.display())),
+        Err(e) => return e,
+    }
+    let replace = std::env::args_os().any(|argument| argument == "--replace");
+    let more = (!replace).then_some("--replace");
+    Command::new(&program).arg0(&name).args(more).args(arguments).exec()
 }
