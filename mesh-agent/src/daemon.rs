@@ -45,7 +45,7 @@ use crate::state::StateDir;
 use crate::status::Board;
 use crate::store::Store;
 use crate::wireguard::{KeyRing, UserspaceDatapaths};
-use crate::{kernel_events, notify};
+use crate::{kernel_events, learned, notify};
 
 /// Name of what the node knows of itself, as a source.
 const LOCAL: &str = "local";
@@ -89,6 +89,7 @@ pub async fn run(config: AgentConfig) -> Result<()> {
     api::prepare_run_dir(&config.run_dir)?;
     let store = Store::new(&[DIRECTORY, LOCAL, cni::SOURCE]);
     tell_of_self(&store, &config, &key, incumbents);
+    remember_endpoints(&store, &state.learned());
     // A socket for each of those that dump at the same time: one socket has one dump.
     let connect = || Netlink::connect().context("rtnetlink");
     let netlink = connect()?;
@@ -107,8 +108,13 @@ pub async fn run(config: AgentConfig) -> Result<()> {
     let (plans, to_runner) = watch::channel(Arc::default());
     let (announcements, to_announcer) = watch::channel(None);
     let wake = Arc::new(Notify::new());
-    let observer =
-        Observer::new(connect()?, Box::<UserspaceDatapaths>::default(), board.clone(), store.clone());
+    let observer = Observer::new(
+        connect()?,
+        Box::<UserspaceDatapaths>::default(),
+        board.clone(),
+        store.clone(),
+        state.learned(),
+    );
     let source = DirectorySource::new(&config.manifests, &config.node_name, store.clone())
         .with_context(|| format!("cannot watch {}", config.manifests.display()))?;
     let planner = Planner {
@@ -188,6 +194,14 @@ fn tell_of_self(store: &Store, config: &AgentConfig, key: &PrivateKey, incumbent
         local.endpoints = config.endpoints.clone();
     });
     store.source_synced(LOCAL, 1);
+}
+
+/// Where peers were last heard is a hint: without it, or with a damaged one, the agent starts all the same.
+fn remember_endpoints(store: &Store, path: &Path) {
+    match learned::load(path) {
+        Ok(learned) => drop(store.update_local(|local| local.learned_endpoints = learned)),
+        Err(error) => warn!("{error}"),
+    }
 }
 
 /// Tells systemd once every reconciler has seen a plan made of everything the sources have.

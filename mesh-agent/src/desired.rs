@@ -9,6 +9,8 @@ use std::net::{IpAddr, SocketAddr};
 use ipnet::IpNet;
 use keyservice::PublicKey;
 
+use crate::snapshot::Reach;
+
 /// The whole wish for one node. The default value is "nothing of ours", which is what `cleanup` applies.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Desired {
@@ -114,6 +116,10 @@ pub struct WireguardPeer {
     pub allowed_ips: BTreeSet<IpNet>,
     /// Seconds; 0 for off.
     pub persistent_keepalive: u16,
+    /// `endpoint` is only where the peer was last heard: a device that hears it now knows better.
+    pub learned: bool,
+    /// Where it did not answer, and whether it is to be tried afresh.
+    pub reach: Reach,
 }
 
 /// Source NAT for packets from `sources` that leave by none of `internal_links` to none of `exceptions`.

@@ -5,10 +5,8 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::time::UNIX_EPOCH;
 
 use ebpf_policy::Counter as Packets;
-use mesh_api::status::PeerState;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -18,6 +16,8 @@ use prometheus_client::registry::Registry;
 use crate::cni::Server;
 use crate::reconcile::policy::Engine;
 use crate::status::Observed;
+
+mod peers;
 
 type Labels = Vec<(&'static str, String)>;
 
@@ -92,7 +92,8 @@ fn tally<'a>(label: &'static str, values: impl Iterator<Item = &'a str>) -> Vec<
 
 fn text(seen: &Observed, counted: &Counted) -> Result<String, fmt::Error> {
     let mut page = Page::default();
-    peers(&mut page, seen);
+    peers::peers(&mut page, seen);
+    peers::devices(&mut page, seen);
     own_state(&mut page, seen);
     packets(&mut page, counted);
     if let Some((used, free)) = counted.addresses {
@@ -105,55 +106,6 @@ fn text(seen: &Observed, counted: &Counted) -> Result<String, fmt::Error> {
     let mut text = String::new();
     encode(&mut text, &page.0)?;
     Ok(text)
-}
-
-fn peers(page: &mut Page, seen: &Observed) {
-    let all: Vec<(Labels, &mesh_uapi::Peer)> = seen
-        .devices
-        .iter()
-        .filter_map(|(name, device)| Some((name, device.device.as_ref()?)))
-        .flat_map(|(name, device)| {
-            device.peers.iter().map(move |(key, peer)| {
-                let own = device.public_key.map(|key| key.to_string()).unwrap_or_default();
-                let endpoint = peer.endpoint.map(|endpoint| endpoint.to_string()).unwrap_or_default();
-                let labels = vec![
-                    ("hostname", seen.snapshot.local.node_name.clone()),
-                    ("public_key", own),
-                    ("iface", name.clone()),
-                    ("listen_port", device.listen_port.to_string()),
-                    ("peer_key", key.to_string()),
-                    ("peer_endpoint", endpoint),
-                ];
-                (labels, peer)
-            })
-        })
-        .collect();
-    let of = |value: fn(&mesh_uapi::Peer) -> u64| {
-        all.iter().map(move |(labels, peer)| (labels.clone(), count(value(peer))))
-    };
-    page.gauges("wireguard_bytes_sent", "Bytes sent to a peer", of(|peer| peer.tx_bytes));
-    page.gauges("wireguard_bytes_rcvd", "Bytes received from a peer", of(|peer| peer.rx_bytes));
-    let handshake = |peer: &mesh_uapi::Peer| {
-        let at = peer.last_handshake.and_then(|at| at.duration_since(UNIX_EPOCH).ok());
-        at.map_or(0, |at| at.as_secs())
-    };
-    page.gauges(
-        "wireguard_latest_handshake_seconds",
-        "Unix time of the last handshake with a peer, 0 for never",
-        of(handshake),
-    );
-    let states = seen.peers.values().map(|state| match state {
-        PeerState::Up => "up",
-        PeerState::Idle => "idle",
-        PeerState::Down => "down",
-        PeerState::Unknown => "unknown",
-    });
-    page.gauges("margay_peers", "Peers by state", tally("state", states).into_iter());
-    let drops = seen.devices.iter().flat_map(|(name, device)| {
-        let drops = device.stats.iter().flat_map(|stats| &stats.drops);
-        drops.map(move |(reason, n)| (vec![("device", name.clone()), ("reason", reason.clone())], *n))
-    });
-    page.counters("margay_datapath_drops", "Packets the datapath dropped", drops);
 }
 
 fn own_state(page: &mut Page, seen: &Observed) {
@@ -202,9 +154,13 @@ fn packets(page: &mut Page, counted: &Counted) {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use ebpf_policy::model::{Direction, PodRef};
+    use std::time::UNIX_EPOCH;
+
     use keyservice::PublicKey;
+    use mesh_uapi::{Offload, PeerStats, Stats};
 
     use super::*;
+    use crate::heal::Health;
     use crate::status::{Board, DeviceSeen};
 
     #[test]
@@ -222,8 +178,22 @@ mod tests {
             peers: [(PublicKey::from_bytes([2; 32]), peer)].into(),
             ..Default::default()
         };
-        let seen = DeviceSeen { device: Some(device), ..DeviceSeen::default() };
-        board.set_devices([("margay0".to_owned(), seen)].into(), Default::default());
+        let stats =
+            PeerStats { rx_packets: 3, drops: [("replayed".to_owned(), 2)].into(), ..PeerStats::default() };
+        let stats = Stats {
+            version: "1".into(),
+            core: "mesh-noise".into(),
+            crypto: "ring".into(),
+            offloads: [("tun_uso".to_owned(), Offload::Refused(22)), ("udp_gso".to_owned(), Offload::On)]
+                .into(),
+            drops: [("bad_mac".to_owned(), 0)].into(),
+            peers: [(PublicKey::from_bytes([2; 32]), stats)].into(),
+            ..Stats::default()
+        };
+        let seen = DeviceSeen { device: Some(device), stats: Some(stats), ..DeviceSeen::default() };
+        let health = Health { heals: 4, silent: None };
+        let healths = [(("margay0".to_owned(), PublicKey::from_bytes([2; 32])), health)].into();
+        board.set_devices([("margay0".to_owned(), seen)].into(), Default::default(), healths);
         let text = text(&board.observed(), &Counted::default()).unwrap();
         let key = PublicKey::from_bytes([2; 32]).to_string();
         let labels = format!(
@@ -233,6 +203,15 @@ mod tests {
             format!("wireguard_bytes_sent{labels} 7"),
             format!("wireguard_bytes_rcvd{labels} 8"),
             format!("wireguard_latest_handshake_seconds{labels} 99"),
+            "wireguard_meta{hostname=\"\",public_key=\"\",iface=\"margay0\",listen_port=\"51820\"} 1".to_owned(),
+            format!("margay_peer_packets_rcvd_total{{iface=\"margay0\",peer=\"\",peer_key=\"{key}\"}} 3"),
+            format!("margay_peer_heals_total{{iface=\"margay0\",peer=\"\",peer_key=\"{key}\"}} 4"),
+            format!("margay_peer_drops_total{{iface=\"margay0\",peer=\"\",peer_key=\"{key}\",reason=\"replayed\"}} 2"),
+            "margay_datapath_drops_total{iface=\"margay0\",reason=\"bad_mac\"} 0".to_owned(),
+            "margay_datapath_info{iface=\"margay0\",version=\"1\",core=\"mesh-noise\",crypto=\"ring\"} 1".to_owned(),
+            "margay_datapath_offload{iface=\"margay0\",offload=\"udp_gso\",state=\"on\"} 1".to_owned(),
+            "margay_datapath_offload{iface=\"margay0\",offload=\"tun_uso\",state=\"refused: Invalid argument (os error 22)\"} 0"
+                .to_owned(),
             "margay_reconciler_failing{reconciler=\"policy\"} 0".to_owned(),
         ] {
             assert!(text.lines().any(|found| found == line), "{line}\n{text}");

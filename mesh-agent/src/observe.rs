@@ -2,49 +2,81 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
+use keyservice::PublicKey;
+use mesh_api::status::Issue;
 use mesh_uapi::Device;
 use netlink_packet_route::address::{AddressAttribute, AddressMessage};
 use tokio::sync::Notify;
-use tokio::time::{MissedTickBehavior, interval};
+use tokio::task::spawn_blocking;
+use tokio::time::sleep;
 use tracing::warn;
 
+use crate::desired::Desired;
+use crate::heal::{Healer, Health};
+use crate::learned::{self, Learned};
 use crate::own;
 use crate::reconcile::ReconcileError;
 use crate::reconcile::netlink::{Links, Netlink};
-use crate::status::{Board, DeviceSeen, PeerTracker};
+use crate::status::{Board, DeviceSeen, Healths, PeerTracker};
 use crate::store::Store;
 use crate::wireguard::Datapaths;
 
-/// Between two looks.
+/// Between two looks; more where a look takes long, so that looking takes 5 % of a core at most.
 const PERIOD: Duration = Duration::from_secs(1);
+/// The longest between two looks: what is silent has to be noticed in time.
+const LONGEST: Duration = Duration::from_secs(2);
+/// Between two writes of the learned endpoints' file.
+const WRITES: Duration = Duration::from_secs(10);
 
 /// Reads the devices and puts what it sees on the board and in the store.
 pub struct Observer {
     netlink: Netlink,
     datapaths: Box<dyn Datapaths>,
     tracker: PeerTracker,
+    healer: Healer,
+    memory: Memory,
     board: Board,
     store: Store,
     said: Option<String>,
 }
 
+/// The file of learned endpoints, and what is in it.
+struct Memory {
+    path: PathBuf,
+    written: Learned,
+    next: Instant,
+}
+
 impl Observer {
     /// Over these.
-    pub fn new(netlink: Netlink, datapaths: Box<dyn Datapaths>, board: Board, store: Store) -> Self {
-        Self { netlink, datapaths, tracker: PeerTracker::default(), board, store, said: None }
+    /// `learned` is the file of learned endpoints; what the store has of them is what was in it.
+    pub fn new(
+        netlink: Netlink,
+        datapaths: Box<dyn Datapaths>,
+        board: Board,
+        store: Store,
+        learned: PathBuf,
+    ) -> Self {
+        let written = store.current().local.learned_endpoints.clone();
+        let memory = Memory { path: learned, written, next: Instant::now() };
+        let (tracker, healer) = (PeerTracker::default(), Healer::default());
+        Self { netlink, datapaths, tracker, healer, memory, board, store, said: None }
     }
 
     /// Looks for ever; `appeared` is told when a device comes back, so that nobody waits for a timer.
     pub async fn run(mut self, appeared: Arc<Notify>) {
-        let mut timer = interval(PERIOD);
-        timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut before = 0;
+        let mut pause = Duration::ZERO;
         loop {
-            timer.tick().await;
-            match self.look().await {
+            sleep(pause).await;
+            let start = Instant::now();
+            let looked = self.look().await;
+            pause = (start.elapsed() * 20).clamp(PERIOD, LONGEST);
+            match looked {
                 Ok(answering) => {
                     if answering > before {
                         appeared.notify_one();
@@ -67,8 +99,6 @@ impl Observer {
     pub async fn look(&mut self) -> Result<usize, ReconcileError> {
         let links = self.netlink.links().await?;
         let addresses = self.host_addresses(&links).await?;
-        self.store.update_local(|local| local.addresses = addresses);
-
         let desired = self.board.observed().desired;
         let mut names = self.datapaths.names();
         names.extend(desired.wireguard.keys().cloned());
@@ -84,8 +114,13 @@ impl Observer {
                 Some(_) => datapath.stats().await.ok().flatten(),
                 None => None,
             };
-            if let Some(device) = &device {
-                peers.extend(self.tracker.observe(&name, device, Instant::now(), SystemTime::now()));
+            match &device {
+                Some(device) => {
+                    let (now, wall) = (Instant::now(), SystemTime::now());
+                    peers.extend(self.tracker.observe(&name, device, now, wall));
+                    self.healer.observe(&name, device, now, wall);
+                }
+                None => self.healer.device_lost(&name),
             }
             let link = links.get(&name);
             let (up, mtu) = (link.map(|link| link.up), link.map_or(0, |link| link.mtu));
@@ -93,8 +128,34 @@ impl Observer {
             devices.insert(name, seen);
         }
         let answering = devices.values().filter(|seen| seen.up.is_some() && seen.device.is_some()).count();
-        self.board.set_devices(devices, peers);
+        self.feed_back(addresses, &desired, &devices).await;
+        let health = self.healer.health(Instant::now());
+        self.board.set_issues("heal", silent(&desired, &devices, &health));
+        self.board.set_devices(devices, peers, health);
         Ok(answering)
+    }
+
+    /// What the devices have learned is a source like any other: in one change, so that it is planned once.
+    async fn feed_back(
+        &mut self,
+        addresses: Vec<IpAddr>,
+        desired: &Desired,
+        devices: &BTreeMap<String, DeviceSeen>,
+    ) {
+        let local = &self.store.current().local;
+        let wanted = |key: &_| {
+            !desired.prune || desired.wireguard.values().any(|device| device.peers.contains_key(key))
+        };
+        let answered = devices.values().filter_map(|seen| seen.device.as_ref());
+        let learned = learned::merge(&local.learned_endpoints, answered, wanted, SystemTime::now());
+        self.healer.retain(wanted);
+        let reach = self.healer.reach();
+        self.memory.keep(&learned).await;
+        self.store.update_local(|local| {
+            local.addresses = addresses;
+            local.learned_endpoints = learned;
+            local.reach = reach;
+        });
     }
 
     /// Addresses of this host outside the mesh that others could reach.
@@ -111,6 +172,39 @@ impl Observer {
         addresses.dedup();
         Ok(addresses)
     }
+}
+
+impl Memory {
+    /// Writes the file if it is out of date, and not all the time.
+    async fn keep(&mut self, learned: &Learned) {
+        if *learned == self.written || Instant::now() < self.next {
+            return;
+        }
+        self.next = Instant::now() + WRITES;
+        let (path, copy) = (self.path.clone(), learned.clone());
+        match spawn_blocking(move || learned::store(&path, &copy)).await {
+            Ok(Ok(())) => self.written = learned.clone(),
+            Ok(Err(error)) => warn!("{error}: learned endpoints are not kept"),
+            Err(error) => warn!("{error}"),
+        }
+    }
+}
+
+/// What to tell of peers that did not come back at once.
+fn silent(desired: &Desired, devices: &BTreeMap<String, DeviceSeen>, health: &Healths) -> Vec<Issue> {
+    let issue = |((device, key), health): (&(String, PublicKey), &Health)| {
+        health.silent.filter(|(_, tries)| *tries > 1)?;
+        let peer = desired.wireguard.get(device)?.peers.get(key)?;
+        let seen = devices.get(device).and_then(|seen| seen.device.as_ref()?.peers.get(key)?.endpoint);
+        let at = seen.map(|endpoint| format!(" at {endpoint}")).unwrap_or_default();
+        Some(Issue {
+            object: format!("Node/{}", peer.name),
+            field: String::new(),
+            reason: "PeerSilent".to_owned(),
+            message: format!("nothing is heard of it{at} through {device}, though it is sent to"),
+        })
+    };
+    health.iter().filter_map(issue).collect()
 }
 
 fn address(message: &AddressMessage) -> Option<IpAddr> {

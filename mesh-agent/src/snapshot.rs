@@ -126,6 +126,8 @@ pub struct Local {
     pub incumbents: Incumbents,
     /// Where peers were last heard from, learned by the datapath: a hint, by key.
     pub learned_endpoints: BTreeMap<PublicKey, SocketAddr>,
+    /// How reaching the peers went, of those that were silent once.
+    pub reach: BTreeMap<PublicKey, Reach>,
     /// Rotation epoch of this node's key.
     pub key_epoch: u64,
     /// Configured prefixes to announce; used only where the Node object names none.
@@ -134,6 +136,24 @@ pub struct Local {
     pub endpoints: Vec<SocketAddr>,
     /// Addresses configured on this host outside the mesh (no loopback, no link-local, none of ours).
     pub addresses: Vec<IpAddr>,
+}
+
+/// How reaching a peer went (see [`crate::heal`]).
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Reach {
+    /// Endpoints at which it did not answer, the last one last.
+    pub failed: Vec<SocketAddr>,
+    /// Grows when it is to be tried afresh.
+    pub attempt: u64,
+}
+
+impl Reach {
+    /// The first of the candidates that did not fail, else the one that did longest ago.
+    pub fn choose(&self, candidates: &[SocketAddr]) -> Option<SocketAddr> {
+        let failed = |to: &SocketAddr| self.failed.iter().position(|failed| failed == to);
+        let fresh = candidates.iter().find(|to| failed(to).is_none());
+        fresh.or_else(|| candidates.iter().min_by_key(|to| failed(to))).copied()
+    }
 }
 
 /// The `spec` of MeshConfiguration `default` after defaulting; see `config/mesh.rs` for the object.

@@ -61,6 +61,11 @@ impl StateDir {
         self.root.join("incumbents.json")
     }
 
+    /// Where peers were last heard from.
+    pub fn learned(&self) -> PathBuf {
+        self.root.join("learned-endpoints.json")
+    }
+
     /// What sysctls were before us.
     pub fn sysctls(&self) -> PathBuf {
         self.root.join("sysctls.json")

@@ -2,6 +2,7 @@
 //! outcome, and the pure step from there to the [`Status`] that the sockets tell.
 
 mod peer;
+mod peers;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -9,16 +10,19 @@ use std::time::{Duration, Instant, SystemTime};
 
 use keyservice::PublicKey;
 use mesh_api::status::{
-    DeviceStatus, EndpointStatus, Generation, Issue, PeerState, PeerStatus, PolicyStatus, ReconcilerStatus,
-    Status,
+    DeviceStatus, EndpointStatus, Generation, Issue, PeerState, PolicyStatus, ReconcilerStatus, Status,
 };
-use mesh_uapi::{Device, Stats};
+use mesh_uapi::{Device, Offload, Stats};
 use tokio::sync::watch;
 
 use crate::desired::Desired;
+use crate::heal::Health;
 use crate::reconcile::{ReconcileError, Report};
 use crate::snapshot::Snapshot;
 pub use peer::PeerTracker;
+
+/// Peers that were or are in trouble, by device and key.
+pub type Healths = BTreeMap<(String, PublicKey), Health>;
 
 /// A WireGuard device as it was last read.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -63,6 +67,8 @@ pub struct Observed {
     pub devices: BTreeMap<String, DeviceSeen>,
     /// Peers' states by device and key.
     pub peers: BTreeMap<(String, PublicKey), PeerState>,
+    /// What was done about peers that do not answer.
+    pub health: Healths,
     /// Policies and where they are live.
     pub policies: Vec<PolicyStatus>,
     /// `closed`, `open` or `policed`, by host-side interface.
@@ -172,15 +178,17 @@ impl Board {
         });
     }
 
-    /// The devices as read now, and the states of their peers.
+    /// The devices as read now, the states of their peers, and what was done about them.
     pub fn set_devices(
         &self,
         devices: BTreeMap<String, DeviceSeen>,
         peers: BTreeMap<(String, PublicKey), PeerState>,
+        health: Healths,
     ) {
         self.observed.send_modify(|seen| {
             seen.devices = devices;
             seen.peers = peers;
+            seen.health = health;
         });
     }
 
@@ -233,7 +241,7 @@ pub fn assemble(seen: &Observed, now: SystemTime, uptime: Duration) -> Status {
         uptime_seconds: uptime.as_secs(),
         generation: seen.generation(),
         devices: devices(seen),
-        peers: peers(seen, now),
+        peers: peers::peers(seen, now),
         sources: seen.snapshot.sources.clone(),
         reconcilers: seen.reconcilers.clone(),
         endpoints: endpoints(seen),
@@ -262,6 +270,7 @@ fn device(name: &str, seen: &DeviceSeen, public_key: Option<String>, wanted_port
         (Some(true), Some(_)) => "up",
         (Some(false), Some(_)) => "down",
     };
+    let stats = seen.stats.clone().unwrap_or_default();
     DeviceStatus {
         name: name.to_owned(),
         kind: "userspace".to_owned(),
@@ -269,35 +278,22 @@ fn device(name: &str, seen: &DeviceSeen, public_key: Option<String>, wanted_port
         public_key,
         listen_port: seen.device.as_ref().map_or(wanted_port, |device| device.listen_port),
         mtu: seen.mtu,
+        version: stats.version,
+        core: stats.core,
+        crypto: stats.crypto,
+        offloads: stats.offloads.into_iter().map(|(name, state)| (name, sentence_of(&state))).collect(),
+        drops: stats.drops,
     }
 }
 
-fn peers(seen: &Observed, now: SystemTime) -> Vec<PeerStatus> {
-    let mut peers: Vec<PeerStatus> = Vec::new();
-    for (device, wish) in &seen.desired.wireguard {
-        let actual = seen.devices.get(device);
-        for (key, wanted) in &wish.peers {
-            let running = actual.and_then(|seen| seen.device.as_ref()).and_then(|dev| dev.peers.get(key));
-            let state = match running {
-                Some(_) => seen.peers.get(&(device.clone(), *key)).copied().unwrap_or(PeerState::Unknown),
-                None => PeerState::Unknown,
-            };
-            peers.push(PeerStatus {
-                name: wanted.name.clone(),
-                public_key: key.to_string(),
-                device: device.clone(),
-                endpoint: running.and_then(|peer| peer.endpoint).or(wanted.endpoint),
-                allowed_ips: wanted.allowed_ips.iter().copied().collect(),
-                state,
-                handshake_age_seconds: running.and_then(|peer| peer::handshake_age(now, peer)),
-                rx_bytes: running.map_or(0, |peer| peer.rx_bytes),
-                tx_bytes: running.map_or(0, |peer| peer.tx_bytes),
-                mtu: actual.map_or(0, |device| device.mtu),
-            });
-        }
+/// For people: the error by name, not only by number.
+pub fn sentence_of(state: &Offload) -> String {
+    let error = |errno: i32| std::io::Error::from_raw_os_error(errno);
+    match state {
+        Offload::Refused(errno) => format!("refused: {}", error(*errno)),
+        Offload::Below(bytes, errno) => format!("below {bytes} bytes: {}", error(*errno)),
+        state => state.to_string(),
     }
-    peers.sort_by(|a, b| (&a.name, &a.device).cmp(&(&b.name, &b.device)));
-    peers
 }
 
 fn endpoints(seen: &Observed) -> Vec<EndpointStatus> {

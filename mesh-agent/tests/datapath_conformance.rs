@@ -131,6 +131,8 @@ fn wish() -> Desired {
         endpoint: format!("127.0.0.1:{}", 9000 + u16::from(n)).parse().ok(),
         allowed_ips: nets(&[&format!("10.{n}.0.0/24"), &format!("fd00:{n}::/64")]),
         persistent_keepalive: 0,
+        learned: false,
+        reach: Default::default(),
     };
     let device = WireguardDevice {
         public_key: own().public(),

@@ -5,6 +5,7 @@
 //! snapshot and desired state; `POST /v1/sync` (control socket) → [`Synced`]: every source has been read
 //! again. Wait for enforcement by polling `/v1/status` until `generation.enforced >= Synced.generation`.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
@@ -64,6 +65,21 @@ pub struct DeviceStatus {
     pub listen_port: u16,
     /// Link MTU, bytes.
     pub mtu: u32,
+    /// Version of the userspace datapath; empty where there is none.
+    #[serde(default)]
+    pub version: String,
+    /// Who does the protocol: `mesh-noise`; empty when unknown.
+    #[serde(default)]
+    pub core: String,
+    /// Who seals and opens packets: `ring`, `avx512`; empty when unknown.
+    #[serde(default)]
+    pub crypto: String,
+    /// Many packets at once: `tun_tso`, `tun_uso`, `udp_gso`, `udp_gro`, and for each `on`, `off` or why not.
+    #[serde(default)]
+    pub offloads: BTreeMap<String, String>,
+    /// Packets dropped, by reason, those that never happened included; empty when not counted.
+    #[serde(default)]
+    pub drops: BTreeMap<String, u64>,
 }
 
 /// How a peer is doing.
@@ -88,8 +104,11 @@ pub struct PeerStatus {
     pub name: String,
     /// Base64.
     pub public_key: String,
-    /// Device that carries it.
+    /// Device that packets to it leave by.
     pub device: String,
+    /// Devices it is a peer on: two while keys change. Counters are sums over them.
+    #[serde(default)]
+    pub devices: Vec<String>,
     /// Where it is reached now.
     pub endpoint: Option<SocketAddr>,
     /// What it owns.
@@ -102,6 +121,27 @@ pub struct PeerStatus {
     pub rx_bytes: u64,
     /// Bytes sent.
     pub tx_bytes: u64,
+    /// Datagrams received; none when not counted.
+    #[serde(default)]
+    pub rx_packets: Option<u64>,
+    /// Datagrams sent; none when not counted.
+    #[serde(default)]
+    pub tx_packets: Option<u64>,
+    /// Handshakes completed; none when not counted.
+    #[serde(default)]
+    pub handshakes: Option<u64>,
+    /// Handshake initiations sent, retries included; none when not counted.
+    #[serde(default)]
+    pub initiations: Option<u64>,
+    /// Packets of or for it that were dropped, by reason.
+    #[serde(default)]
+    pub drops: BTreeMap<String, u64>,
+    /// How often the agent tried to reach it afresh since it started, because it did not answer.
+    #[serde(default)]
+    pub heals: u64,
+    /// Seconds since which it does not answer, while the agent tries to reach it.
+    #[serde(default)]
+    pub silent_seconds: Option<u64>,
     /// MTU towards it, bytes.
     pub mtu: u32,
 }

@@ -67,7 +67,7 @@ pub(crate) enum Command {
     },
     /// Every peer: endpoint, allowed IPs, handshake age, traffic, MTU, state
     Peers {
-        /// Also public keys, devices and all allowed IPs
+        /// Also public keys, devices, packets, all allowed IPs, offloads, and what was dropped and why
         #[arg(short, long)]
         verbose: bool,
         /// Only these nodes

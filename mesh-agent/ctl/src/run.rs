@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use mesh_api::defaults;
 use mesh_api::status::{DenyEvent, PeerState, PeerStatus, PolicyStatus, Status, Synced};
 
-use crate::args::{Args, Command, Global, Policy};
+use crate::args::{Args, Command, Format, Global, Policy};
 use crate::client::{Client, ClientError};
 use crate::{output, render};
 
@@ -70,7 +70,17 @@ async fn once(client: &Client, global: &Global, command: &Command) -> anyhow::Re
         Command::Peers { verbose, names } => {
             let mut peers: Vec<PeerStatus> = client.get("/v1/peers").await?;
             peers.retain(|peer| names.is_empty() || names.contains(&peer.name));
-            output::print(format, &peers, |peers| render::peers::table(peers, *verbose))?;
+            // What is dropped before it is known whose it is, only the device has.
+            let devices = match (verbose, format) {
+                (true, Format::Table) => client.get::<Status>("/v1/status").await?.devices,
+                _ => Vec::new(),
+            };
+            output::print(format, &peers, |peers| {
+                let table = render::peers::table(peers, *verbose);
+                let more = [render::status::offloads(&devices), render::peers::drops(&devices, peers)];
+                let more = more.into_iter().filter(|section| *verbose && !section.is_empty());
+                std::iter::once(table).chain(more).collect::<Vec<_>>().join("\n\n")
+            })?;
         }
         Command::Policy(Policy::List) => {
             let policies: Vec<PolicyStatus> = client.get("/v1/policies").await?;

@@ -2,14 +2,15 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use keyservice::Admitted;
+use keyservice::{Admitted, PublicKey};
 use mesh_api::status::Issue;
 
 use super::{ANNOTATION_ENDPOINT_OVERRIDE, in_any, is_reachable, issue};
 use crate::snapshot::{Node, Snapshot};
 
 /// Of the operator's word, what the peer announces (only addresses its Node object has, if that has any),
-/// the Node object's InternalIPs, and where it was last heard from, the first that can be.
+/// the Node object's InternalIPs, and where it was last heard from, the first that can be and did not fail
+/// lately. The operator's word is not doubted.
 pub(super) fn choose(
     snapshot: &Snapshot,
     peer: &Admitted,
@@ -36,8 +37,15 @@ pub(super) fn choose(
         .copied()
         .filter(|endpoint| (internal.is_empty() && external.is_empty()) || named(endpoint.ip()));
     let of_node = internal.iter().chain(external).map(|ip| SocketAddr::new(*ip, key.port));
-    let learned = snapshot.local.learned_endpoints.get(&key.public_key).copied();
-    announced.chain(of_node).chain(learned).find(|endpoint| can_be(snapshot, *endpoint))
+    let learned = learned(snapshot, &key.public_key);
+    let candidates = announced.chain(of_node).chain(learned).filter(|to| can_be(snapshot, *to));
+    let reach = snapshot.local.reach.get(&key.public_key).cloned().unwrap_or_default();
+    reach.choose(&candidates.collect::<Vec<_>>())
+}
+
+/// Where the datapath last heard the peer with this key.
+pub(super) fn learned(snapshot: &Snapshot, key: &PublicKey) -> Option<SocketAddr> {
+    snapshot.local.learned_endpoints.get(key).copied()
 }
 
 fn parse(text: &str, port: u16) -> Option<SocketAddr> {

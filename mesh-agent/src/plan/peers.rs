@@ -59,9 +59,13 @@ impl Peers {
                     out.node_addresses.insert(*ip);
                 }
             }
+            let endpoint = endpoint::choose(snapshot, admitted, node, issues);
+            let learned = endpoint::learned(snapshot, &key.public_key);
             let peer = WireguardPeer {
                 name: name.clone(),
-                endpoint: endpoint::choose(snapshot, admitted, node, issues),
+                endpoint,
+                learned: endpoint.is_some() && endpoint == learned,
+                reach: snapshot.local.reach.get(&key.public_key).cloned().unwrap_or_default(),
                 allowed_ips,
                 persistent_keepalive: snapshot.cluster.mesh.persistent_keepalive,
             };

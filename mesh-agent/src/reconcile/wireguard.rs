@@ -80,7 +80,9 @@ fn change(
         update_only: true,
         // We set none; one that is there breaks every handshake.
         preshared_key: peer.has_preshared_key.then(|| PresharedKey::from_bytes([0; 32])),
-        endpoint: wish.endpoint.filter(|wish| writes_endpoint(peer, *wish, written, now)),
+        endpoint: wish
+            .endpoint
+            .filter(|to| !(wish.learned && is_live(peer, now)) && writes_endpoint(peer, *to, written, now)),
         persistent_keepalive: (peer.persistent_keepalive != wish.persistent_keepalive)
             .then_some(wish.persistent_keepalive),
         add_allowed_ips: wish.allowed_ips.difference(&peer.allowed_ips).copied().collect(),
@@ -95,6 +97,27 @@ fn change(
         && update.add_allowed_ips.is_empty()
         && update.remove_allowed_ips.is_empty();
     (!empty).then_some(update)
+}
+
+/// What to do for peers that are to be tried afresh, beside [`diff`]: the desired endpoint again if the one in use
+/// failed, and a handshake. `tried` is the newest attempt carried out.
+pub fn retries(actual: &Device, desired: &WireguardDevice, tried: &BTreeMap<PublicKey, u64>) -> Vec<Op> {
+    let due = desired.peers.iter().filter_map(|(key, wish)| {
+        let new = wish.reach.attempt > tried.get(key).copied().unwrap_or(0);
+        Some((key, wish, actual.peers.get(key).filter(|_| new)?))
+    });
+    let retry = |(key, wish, peer): (&PublicKey, &WireguardPeer, &Peer)| {
+        let failed = peer.endpoint.is_none_or(|at| wish.reach.failed.contains(&at));
+        let update = PeerUpdate {
+            update_only: true,
+            endpoint: wish.endpoint.filter(|to| failed && peer.endpoint != Some(*to)),
+            persistent_keepalive: Some(wish.persistent_keepalive),
+            initiate: true,
+            ..PeerUpdate::default()
+        };
+        Op::SetPeer(*key, update)
+    };
+    due.map(retry).collect()
 }
 
 fn writes_endpoint(peer: &Peer, wish: SocketAddr, written: Option<&SocketAddr>, now: SystemTime) -> bool {
@@ -123,12 +146,14 @@ pub struct WireguardReconciler {
     datapaths: Box<dyn Datapaths>,
     keys: KeyRing,
     endpoints: BTreeMap<String, Endpoints>,
+    /// The newest attempt to reach a peer that was carried out, by device.
+    tried: BTreeMap<String, BTreeMap<PublicKey, u64>>,
 }
 
 impl WireguardReconciler {
     /// Over these devices, with the node's keys.
     pub fn new(datapaths: Box<dyn Datapaths>, keys: KeyRing) -> Self {
-        Self { datapaths, keys, endpoints: BTreeMap::new() }
+        Self { datapaths, keys, endpoints: BTreeMap::new(), tried: BTreeMap::new() }
     }
 
     async fn keep(
@@ -154,18 +179,22 @@ impl WireguardReconciler {
         let endpoints = self.endpoints.entry(name.to_owned()).or_default();
         #[allow(clippy::disallowed_methods)] // The edge: diff takes it as a value.
         let now = SystemTime::now();
-        let ops = diff(&actual, wish, prune, endpoints, &self.keys, now);
+        let mut ops = diff(&actual, wish, prune, endpoints, &self.keys, now);
+        let tried = self.tried.entry(name.to_owned()).or_default();
+        ops.extend(retries(&actual, wish, tried));
         let count = ops.len() as u64;
         if count > 0 {
             datapath.apply(ops).await.map_err(failed)?;
             report.operations += count;
         }
+        *tried = wish.peers.iter().map(|(key, peer)| (*key, peer.reach.attempt)).collect();
         *endpoints = wish.peers.iter().filter_map(|(key, peer)| peer.endpoint.map(|to| (*key, to))).collect();
         Ok(())
     }
 
     async fn strip(&mut self, name: &str, report: &mut Report) -> Result<(), ReconcileError> {
         self.endpoints.remove(name);
+        self.tried.remove(name);
         let datapath = self.datapaths.open(name);
         let failed = |error: DatapathError| ReconcileError::new(format_args!("device {name}"), error);
         let ops = match datapath.read().await {

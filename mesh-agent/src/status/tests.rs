@@ -12,6 +12,8 @@ fn planned() -> Board {
         endpoint: "192.0.2.2:51820".parse().ok(),
         allowed_ips: ["10.244.2.0/24".parse().unwrap()].into(),
         persistent_keepalive: 0,
+        learned: false,
+        reach: Default::default(),
     };
     let device =
         WireguardDevice { public_key: key(1), listen_port: 51820, fwmark: 0, peers: [(key(2), peer)].into() };
@@ -74,7 +76,7 @@ fn a_peers_counters_come_from_the_device_and_its_name_from_the_plan() {
     let device = Device { peers: [(key(2), running)].into(), listen_port: 51820, ..Device::default() };
     let seen = DeviceSeen { up: Some(true), mtu: 1420, device: Some(device), stats: None };
     let states = [(("margay0".to_owned(), key(2)), PeerState::Up)].into();
-    board.set_devices([("margay0".to_owned(), seen)].into(), states);
+    board.set_devices([("margay0".to_owned(), seen)].into(), states, Healths::default());
     let status = board.status(SystemTime::now());
     assert_eq!(status.devices[0].state, "up");
     let peer = &status.peers[0];

@@ -21,6 +21,11 @@ impl UserspaceDatapath {
         Self { client: Client::new(path) }
     }
 
+    /// Older versions of mesh-datapath do not name their core.
+    async fn knows_initiate(&self) -> bool {
+        self.ask(Client::stats).await.is_ok_and(|stats| !stats.core.is_empty())
+    }
+
     // The client blocks, as everything that speaks the UAPI does; a runtime's thread must not.
     async fn ask<T: Send + 'static>(
         &self,
@@ -38,13 +43,30 @@ impl UserspaceDatapath {
     }
 }
 
+/// The same operations for a device that has no extensions.
+fn in_plain_uapi(ops: Vec<Op>) -> Vec<Op> {
+    let plain = |op| match op {
+        Op::SetPeer(key, update) => {
+            update.in_plain_uapi().into_iter().map(|update| Op::SetPeer(key, update)).collect()
+        }
+        other => vec![other],
+    };
+    ops.into_iter().flat_map(plain).collect()
+}
+
 impl Datapath for UserspaceDatapath {
     fn read(&self) -> BoxFuture<'_, Result<Device, DatapathError>> {
         Box::pin(self.ask(Client::get))
     }
 
     fn apply(&self, ops: Vec<Op>) -> BoxFuture<'_, Result<(), DatapathError>> {
-        Box::pin(self.ask(move |client| client.apply(&ops)))
+        Box::pin(async move {
+            let initiates = |op: &Op| matches!(op, Op::SetPeer(_, update) if update.initiate);
+            // Others refuse a request with a line they do not know.
+            let plain = ops.iter().any(initiates) && !self.knows_initiate().await;
+            let ops = if plain { in_plain_uapi(ops) } else { ops };
+            self.ask(move |client| client.apply(&ops)).await
+        })
     }
 
     fn stats(&self) -> BoxFuture<'_, Result<Option<Stats>, DatapathError>> {

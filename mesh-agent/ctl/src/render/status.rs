@@ -1,6 +1,6 @@
 //! `meshctl status`: the whole node on a page.
 
-use mesh_api::status::{PeerState, Status};
+use mesh_api::status::{DeviceStatus, PeerState, Status};
 
 use super::{age, or_dash, peers, table as new_table, text};
 
@@ -8,6 +8,7 @@ pub(crate) fn table(status: &Status) -> String {
     [
         head(status),
         devices(status),
+        offloads(&status.devices),
         peers_section(status),
         reconcilers(status),
         endpoints(status),
@@ -62,6 +63,30 @@ fn devices(status: &Status) -> String {
         ]);
     }
     if status.devices.is_empty() { String::new() } else { text(&out) }
+}
+
+/// What the devices are made of, and which offloads they have or why not.
+pub(crate) fn offloads(devices: &[DeviceStatus]) -> String {
+    let counted: Vec<_> = devices.iter().filter(|device| !device.version.is_empty()).collect();
+    if counted.is_empty() {
+        return String::new();
+    }
+    let mut out = new_table(&["DATAPATH", "VERSION", "CORE", "CRYPTO", "OFFLOADS"]);
+    for device in counted {
+        out.add_row(vec![
+            device.name.clone(),
+            device.version.clone(),
+            device.core.clone(),
+            device.crypto.clone(),
+            device
+                .offloads
+                .iter()
+                .map(|(name, state)| format!("{name} {state}"))
+                .collect::<Vec<_>>()
+                .join(", "),
+        ]);
+    }
+    text(&out)
 }
 
 fn peers_section(status: &Status) -> String {
@@ -137,6 +162,12 @@ mod tests {
                 public_key: Some("KEY=".to_owned()),
                 listen_port: 51820,
                 mtu: 1420,
+                version: "0.1.0".to_owned(),
+                core: "mesh-noise".to_owned(),
+                crypto: "ring".to_owned(),
+                offloads: [("tun_tso".to_owned(), "on".to_owned()), ("udp_gso".to_owned(), "off".to_owned())]
+                    .into(),
+                drops: Default::default(),
             }],
             peers: vec![peer("b", PeerState::Up, Some(5)), peer("c", PeerState::Idle, None)],
             sources: vec![SourceStatus { name: "directory".to_owned(), synced: true, objects: 4 }],
@@ -165,6 +196,7 @@ mod tests {
             "State     generation 9 enforced",
             "Sources   1 synced",
             "margay0  userspace  up     51820  1420  KEY=",
+            "margay0   0.1.0    mesh-noise  ring    tun_tso on, udp_gso off",
             "x/a  mgy0123456789  10.244.1.2  open",
             "No issues",
         ] {

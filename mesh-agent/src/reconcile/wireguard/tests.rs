@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::reconcile::laws;
+use crate::snapshot::Reach;
 use crate::wireguard::memory::{MemoryDatapath, MemoryDatapaths, carry_out};
 use keyservice::PrivateKey;
 use proptest::collection::{btree_map, btree_set};
@@ -33,6 +34,8 @@ fn peer(prefixes: &[&str], endpoint: u16) -> WireguardPeer {
         endpoint: Some(at(endpoint)),
         allowed_ips: prefixes.iter().map(|prefix| net(prefix)).collect(),
         persistent_keepalive: 0,
+        learned: false,
+        reach: Reach::default(),
     }
 }
 
@@ -82,6 +85,50 @@ async fn a_roamed_endpoint_survives_until_the_desired_one_changes() {
     assert_eq!(pass(&mut agent, &moved).await, 1);
     let seen = crate::wireguard::Datapath::read(&datapath).await.unwrap();
     assert_eq!(seen.peers[&key(1)].endpoint, Some(at(2)));
+}
+
+#[tokio::test]
+async fn a_peer_to_be_tried_afresh_is_once_and_leaves_a_failed_endpoint() {
+    let datapath = MemoryDatapath::default();
+    let mut agent = reconciler(&datapath);
+    let mut wish = peer(&["10.1.0.0/24"], 1);
+    pass(&mut agent, &desired(device([(1, wish.clone()), (2, peer(&["10.2.0.0/24"], 2))]))).await;
+    datapath.take_applied();
+    // Another handshake where it is.
+    datapath.change(|device| device.peers.get_mut(&key(1)).unwrap().endpoint = Some(at(999)));
+    wish.reach = Reach { attempt: 1, failed: Vec::new() };
+    let retry = desired(device([(1, wish.clone()), (2, peer(&["10.2.0.0/24"], 2))]));
+    assert_eq!(pass(&mut agent, &retry).await, 1);
+    let ops = datapath.take_applied();
+    let [Op::SetPeer(who, update)] = ops.as_slice() else { panic!("{ops:?}") };
+    assert_eq!((*who, update.initiate, update.endpoint), (key(1), true, None));
+    assert_eq!(pass(&mut agent, &retry).await, 0, "once");
+    // From where it failed back to what is desired, though that did not change.
+    wish.reach = Reach { attempt: 2, failed: vec![at(999)] };
+    let retry = desired(device([(1, wish), (2, peer(&["10.2.0.0/24"], 2))]));
+    assert_eq!(pass(&mut agent, &retry).await, 1);
+    let seen = crate::wireguard::Datapath::read(&datapath).await.unwrap();
+    assert_eq!(seen.peers[&key(1)].endpoint, Some(at(1)));
+}
+
+#[tokio::test]
+async fn an_endpoint_that_was_only_learned_is_not_forced_on_a_live_session() {
+    let datapath = MemoryDatapath::default();
+    let mut agent = reconciler(&datapath);
+    let learned =
+        |port| desired(device([(1, WireguardPeer { learned: true, ..peer(&["10.1.0.0/24"], port) })]));
+    pass(&mut agent, &learned(1)).await;
+    let change = |port, handshake| {
+        datapath.change(|device| {
+            let peer = device.peers.get_mut(&key(1)).unwrap();
+            (peer.endpoint, peer.last_handshake) = (Some(at(port)), handshake);
+        });
+    };
+    #[allow(clippy::disallowed_methods)]
+    change(3, Some(SystemTime::now()));
+    assert_eq!(pass(&mut agent, &learned(2)).await, 0, "it has moved on since");
+    change(3, None);
+    assert_eq!(pass(&mut agent, &learned(4)).await, 1);
 }
 
 #[test]
@@ -170,6 +217,8 @@ prop_compose! {
                 endpoint: (endpoint > 0).then(|| at(endpoint)),
                 allowed_ips: prefixes,
                 persistent_keepalive: keepalive,
+                learned: false,
+                reach: Reach::default(),
             })
         });
         device(peers)
