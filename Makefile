@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 BIN := $(if $(CARGO_TARGET_DIR),$(CARGO_TARGET_DIR),target)/release
 
-.PHONY: help setup build peers demo test lint fmt bpf bpf-check fuzz clean
+.PHONY: help setup build peers demo bench test lint fmt bpf bpf-check fuzz clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -18,6 +18,11 @@ peers: setup ## Fetch and build the other WireGuard and CNI programs that tests 
 
 demo: build ## Three encrypted hosts with real packets; KEEP=1 leaves them up to play with
 	$(BIN)/mesh-lab demo $(if $(KEEP),--keep)
+
+bench: build ## mesh-datapath beside wireguard-go and others (as root; 15 minutes); BENCH="--quick --only margay,wireguard-go" for less
+	cargo build --release --locked -p mesh-datapath --examples
+	.ci/peers bench
+	$(BIN)/mesh-lab bench $(BENCH)
 
 test: build peers ## Every test (as root); closes with "N passed, N failed"
 	.ci/test

@@ -18,6 +18,7 @@
 #![allow(clippy::disallowed_methods)]
 
 pub mod agent;
+pub mod bench;
 pub mod bins;
 pub mod capture;
 pub mod carrier;

@@ -9,7 +9,7 @@ use clap::{Parser, Subcommand};
 use netns_tests::bins::Bins;
 use netns_tests::conformance::{case, report, run};
 use netns_tests::lab::Lab;
-use netns_tests::{control, demo, enter, holder, say, spec};
+use netns_tests::{bench, control, demo, enter, holder, say, spec};
 
 /// Hosts and pods as network namespaces around the real mesh-agent, mesh-datapath and mesh-cni.
 ///
@@ -101,6 +101,11 @@ enum Verb {
         #[arg(long, default_value_t = 2)]
         jobs: usize,
     },
+    /// Measure mesh-datapath beside wireguard-go and others (docs/performance.md)
+    Bench {
+        #[command(flatten)]
+        options: bench::Options,
+    },
     #[command(hide = true)]
     Holder { name: String },
     #[command(hide = true)]
@@ -160,6 +165,7 @@ fn act(verb: Verb) -> Result<ExitCode> {
             control::detach(&Bins::beside_current()?, &name, &["demo", "--keep", "--keeper"])?;
         }
         Verb::Demo { keep, .. } => demo::run(&Bins::beside_current()?, keep)?,
+        Verb::Bench { options } => bench::run(&options, &Bins::beside_current()?)?,
         Verb::Conformance { files, filter, json, jobs } => {
             return conformance(&files, filter.as_deref(), json, jobs);
         }
