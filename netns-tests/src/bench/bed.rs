@@ -12,9 +12,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::bench::contestant::Contestant;
+use crate::bench::contestant::{Contestant, Programs};
 use crate::bench::cpu::Processes;
-use crate::bins::Bins;
 use crate::host::{Host, checked};
 use crate::wait;
 
@@ -34,7 +33,7 @@ pub struct Bed {
     pub left: Host,
     /// Where servers are.
     pub right: Host,
-    bins: Bins,
+    programs: Programs,
 }
 
 /// One of the hosts.
@@ -87,8 +86,8 @@ impl Keys {
 
 impl Bed {
     /// Makes the hosts and the wire.
-    pub fn up(bins: &Bins) -> Result<Self> {
-        let (left, right) = (Host::start("left", bins)?, Host::start("right", bins)?);
+    pub fn up(programs: &Programs) -> Result<Self> {
+        let (left, right) = (Host::start("left", &programs.bins)?, Host::start("right", &programs.bins)?);
         left.netns().ip(&[format!(
             "link add wire mtu 1500 type veth peer name wire mtu 1500 netns {}",
             right.pid()
@@ -97,7 +96,7 @@ impl Bed {
             host.netns()
                 .ip(&[format!("addr add {}/24 dev wire", side.outer()), "link set wire up".into()])?;
         }
-        Ok(Self { left, right, bins: bins.clone() })
+        Ok(Self { left, right, programs: programs.clone() })
     }
 
     /// One of the hosts.
@@ -115,7 +114,7 @@ impl Bed {
 
     /// Starts one side's daemon with an interface that has its address, and no peer yet. Returns its PID here.
     pub fn start_daemon(&self, side: Side, contestant: Contestant, keys: &Keys) -> Result<Option<i32>> {
-        let Some(argv) = contestant.argv(INTERFACE, &self.bins)? else { return Ok(None) };
+        let Some(argv) = contestant.argv(INTERFACE, &self.programs)? else { return Ok(None) };
         let host = self.host(side);
         let argv: Vec<&str> = argv.iter().map(String::as_str).collect();
         host.start_unit(DAEMON, &argv)?;

@@ -1,6 +1,7 @@
 //! Who is compared: a program, how it is started, and its version.
 
 use std::fmt;
+use std::path::PathBuf;
 use std::process::Command;
 use std::str::FromStr;
 
@@ -20,6 +21,8 @@ pub enum Contestant {
     Margay,
     /// mesh-datapath with every packet sealed by itself, by `ring`.
     MargayRing,
+    /// Another build of mesh-datapath, to compare with.
+    Other,
     /// The newest wireguard-go, what ratios are to.
     WireguardGo,
     /// boringtun-cli.
@@ -28,13 +31,23 @@ pub enum Contestant {
     Gotatun,
 }
 
+/// Where the programs are.
+#[derive(Debug, Clone)]
+pub struct Programs {
+    /// Ours.
+    pub bins: Bins,
+    /// Of [`Contestant::Other`].
+    pub other: Option<PathBuf>,
+}
+
 impl Contestant {
     /// All, in the order of the tables.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Veth,
         Self::Null,
         Self::Margay,
         Self::MargayRing,
+        Self::Other,
         Self::WireguardGo,
         Self::Boringtun,
         Self::Gotatun,
@@ -47,6 +60,7 @@ impl Contestant {
             Self::Null => "null",
             Self::Margay => "margay",
             Self::MargayRing => "margay-ring",
+            Self::Other => "other",
             Self::WireguardGo => "wireguard-go",
             Self::Boringtun => "boringtun-cli",
             Self::Gotatun => "gotatun-cli",
@@ -55,13 +69,13 @@ impl Contestant {
 
     /// Whether it takes part unless somebody says otherwise.
     pub fn is_default(self) -> bool {
-        self != Self::MargayRing
+        !matches!(self, Self::MargayRing | Self::Other)
     }
 
     fn program(self) -> Option<&'static str> {
         match self {
             Self::Veth => None,
-            Self::Null | Self::Margay | Self::MargayRing => Some("mesh-datapath"),
+            Self::Null | Self::Margay | Self::MargayRing | Self::Other => Some("mesh-datapath"),
             Self::WireguardGo => Some("wireguard-go"),
             Self::Boringtun => Some("boringtun-cli"),
             Self::Gotatun => Some("gotatun-cli"),
@@ -69,10 +83,11 @@ impl Contestant {
     }
 
     /// The command that drives `interface` in the foreground; `None` without a tunnel.
-    pub fn argv(self, interface: &str, bins: &Bins) -> Result<Option<Vec<String>>> {
+    pub fn argv(self, interface: &str, programs: &Programs) -> Result<Option<Vec<String>>> {
         let Some(name) = self.program() else { return Ok(None) };
-        let program = match name {
-            "mesh-datapath" => bins.program(name)?,
+        let program = match (self, name) {
+            (Self::Other, _) => programs.other.clone().context("other: give its path with --other")?,
+            (_, "mesh-datapath") => programs.bins.program(name)?,
             // Debian's wireguard-go may be in the way: the one of `.ci/peers` is meant.
             _ => peers_dir().join(name),
         };
@@ -94,8 +109,8 @@ impl Contestant {
     }
 
     /// Its program's version, or the kernel's.
-    pub fn version(self, bins: &Bins) -> Result<String> {
-        let Some(argv) = self.argv("wg0", bins)? else {
+    pub fn version(self, programs: &Programs) -> Result<String> {
+        let Some(argv) = self.argv("wg0", programs)? else {
             let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").context("kernel release")?;
             return Ok(format!("Linux {}", release.trim()));
         };

@@ -23,7 +23,7 @@ use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 
 use crate::bench::bed::{Bed, Tunnel};
-use crate::bench::contestant::Contestant;
+use crate::bench::contestant::{Contestant, Programs};
 use crate::bench::peers::Peers;
 use crate::bench::record::Record;
 use crate::bench::tcp::{Background, Streams, Transfer};
@@ -64,6 +64,9 @@ pub struct Options {
     /// Also margay-ring: every packet sealed by itself, by ring
     #[arg(long)]
     pub ring: bool,
+    /// Also `other`: this build of mesh-datapath, to see what a change is worth
+    #[arg(long, value_name = "PROGRAM")]
+    pub other: Option<PathBuf>,
     /// Only these parts
     #[arg(long, value_enum, value_delimiter = ',')]
     pub parts: Vec<Part>,
@@ -110,8 +113,13 @@ const BUSY: Duration = Duration::from_millis(500);
 impl Options {
     fn contestants(&self) -> Vec<Contestant> {
         let wanted = |one: &Contestant| match self.only.is_empty() {
-            true => one.is_default() || (self.ring && *one == Contestant::MargayRing),
+            true => one.is_default(),
             false => self.only.contains(one),
+        };
+        let wanted = |one: &Contestant| {
+            wanted(one)
+                || (self.ring && *one == Contestant::MargayRing)
+                || (self.other.is_some() && *one == Contestant::Other)
         };
         Contestant::ALL.into_iter().filter(wanted).filter(|one| !self.without.contains(one)).collect()
     }
@@ -140,8 +148,9 @@ pub fn run(options: &Options, bins: &Bins) -> Result<()> {
     let contestants = options.contestants();
     ensure!(!contestants.is_empty(), "no contestant is left");
     let lengths = options.lengths();
-    let versions = contestants.iter().map(|one| one.version(bins)).collect::<Result<Vec<_>>>()?;
-    let kernel = Contestant::Veth.version(bins)?;
+    let programs = Programs { bins: bins.clone(), other: options.other.clone() };
+    let versions = contestants.iter().map(|one| one.version(&programs)).collect::<Result<Vec<_>>>()?;
+    let kernel = Contestant::Veth.version(&programs)?;
     let mut conditions = Conditions {
         contestants,
         versions,
@@ -153,7 +162,7 @@ pub fn run(options: &Options, bins: &Bins) -> Result<()> {
         seconds: 0.0,
     };
     let mut record = Record::default();
-    let bed = Bed::up(bins)?;
+    let bed = Bed::up(&programs)?;
     let namespaces = bed.namespaces()?;
     tcp::serve(&bed)?;
     let peers = match options.has(Part::Peers) && conditions.contestants.contains(&Contestant::Margay) {
