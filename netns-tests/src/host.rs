@@ -12,6 +12,7 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use nix::sys::signal::Signal;
 
 use crate::bins::Bins;
 use crate::holder::{Reply, Request};
@@ -169,7 +170,25 @@ impl Host {
 
     /// `kill -9` of a unit, which the init starts again.
     pub fn kill_unit(&self, name: &str) -> Result<()> {
-        self.ask(&Request::Kill { name: name.into(), signal: 9 }).map(drop)
+        self.signal_unit(name, Signal::SIGKILL)
+    }
+
+    /// Sends a unit's main process a signal, as `systemctl kill` and `systemctl reload` do.
+    pub fn signal_unit(&self, name: &str, signal: Signal) -> Result<()> {
+        self.ask(&Request::Kill { name: name.into(), signal: signal as i32 }).map(drop)
+    }
+
+    /// PID inside the host of the only child of a unit's main process: what a supervisor watches.
+    pub fn child_of_unit(&self, name: &str) -> Result<i32> {
+        let (pid, _) = self.unit(name)?;
+        let pid = pid.with_context(|| format!("unit {name} is down"))?;
+        let children = fs::read_to_string(self.path(&format!("/proc/{pid}/task/{pid}/children")))
+            .with_context(|| format!("children of {name}"))?;
+        let mut children = children.split_whitespace();
+        match (children.next(), children.next()) {
+            (Some(child), None) => child.parse().context("process id"),
+            _ => bail!("unit {name} has not one child"),
+        }
     }
 
     /// A unit's PID inside the host while it runs, and how often it was started anew.

@@ -135,11 +135,11 @@ impl Lab {
         self.start_agent(name)
     }
 
-    /// Starts the datapath's unit.
+    /// Starts the datapath's unit, with the arguments of `manifests/systemd/mesh-datapath@.service`.
     pub fn start_datapath(&self, node: &str) -> Result<()> {
         let datapath = self.bins.program("mesh-datapath")?;
-        self.host(node)?
-            .start_unit("mesh-datapath", &[&datapath.to_string_lossy(), "-f", "--persist", DEVICE])
+        let argv = [&datapath.to_string_lossy(), "--foreground", "--supervise", "--persist", DEVICE];
+        self.host(node)?.start_unit("mesh-datapath", &argv)
     }
 
     /// Starts the agent's unit.

@@ -26,6 +26,7 @@ pub mod conformance;
 pub mod control;
 pub mod demo;
 pub mod enter;
+pub mod flow;
 pub mod holder;
 pub mod host;
 pub mod lab;

@@ -4,13 +4,11 @@
 
 mod common;
 
-use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
-use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use common::{all_between, assert_cut, assert_reach, between, bins, parse_ping, two};
+use common::{all_between, assert_cut, assert_reach, between, bins, end_of, pings, stream_until, two};
 use netns_tests::capture::Capture;
 use netns_tests::demo;
 use netns_tests::lab::{Lab, PATIENCE};
@@ -71,18 +69,10 @@ fn kill_and_wait(lab: &Lab, node: &str, unit: &str) {
 fn killing_the_agent_in_a_loop_loses_no_packet() {
     let lab = up("");
     assert_reach(&all_between(&lab, "pa", "pb"));
-    let (from, to) = (lab.pod("d", "pa").unwrap(), lab.pod("d", "pb").unwrap());
-    let target = *to.ips.iter().find(|ip| ip.is_ipv4()).unwrap();
-    let flood = from
-        .netns
-        .command("ping")
-        .args(["-n", "-q", "-i", "0.002", "-c", "3000", "-W", "2", &target.to_string()])
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let floods = [false, true].map(|v6| pings(&lab, "pa", "pb", v6, 3000));
     let done = AtomicBool::new(false);
     let sent = std::thread::scope(|scope| {
-        let stream = scope.spawn(|| stream_until(&lab, &done));
+        let stream = scope.spawn(|| stream_until(&lab, "pa", "pb", true, &done));
         for round in 0..6 {
             for node in ["a", "b"] {
                 kill_and_wait(&lab, node, "mesh-agent");
@@ -98,46 +88,10 @@ fn killing_the_agent_in_a_loop_loses_no_packet() {
         stream.join().unwrap()
     });
     assert!(sent > 1 << 20, "the stream carried {sent} bytes only");
-    let output = flood.wait_with_output().unwrap();
-    let (transmitted, received, _) = parse_ping(&String::from_utf8_lossy(&output.stdout)).unwrap();
-    assert_eq!((transmitted, received), (3000, 3000));
+    for flood in floods {
+        assert_eq!(end_of(flood), (3000, 3000));
+    }
     assert!(lab.host("a").unwrap().unit("mesh-agent").unwrap().1 >= 6);
-}
-
-/// A TCP stream from pa to pb whose bytes are counted and compared; it must neither break nor stall.
-fn stream_until(lab: &Lab, done: &AtomicBool) -> u64 {
-    let (from, to) = (lab.pod("d", "pa").unwrap(), lab.pod("d", "pb").unwrap());
-    let at = SocketAddr::new(*to.ips.iter().find(|ip| ip.is_ipv6()).unwrap(), 9999);
-    let listener = to.netns.run(|| TcpListener::bind(at)).unwrap().unwrap();
-    let mut client = from.netns.run(|| TcpStream::connect(at)).unwrap().unwrap();
-    let (mut server, _) = listener.accept().unwrap();
-    server.set_read_timeout(Some(Duration::from_secs(3))).unwrap();
-    std::thread::scope(|scope| {
-        let reader = scope.spawn(move || {
-            let (mut total, mut buffer) = (0u64, [0u8; 65536]);
-            loop {
-                match server.read(&mut buffer).expect("the stream stalled for three seconds") {
-                    0 => return total,
-                    count => {
-                        for (index, byte) in buffer[..count].iter().enumerate() {
-                            assert_eq!(*byte, ((total + index as u64) % 251) as u8);
-                        }
-                        total += count as u64;
-                    }
-                }
-            }
-        });
-        let mut sent = 0u64;
-        while !done.load(Ordering::SeqCst) {
-            let block: Vec<u8> = (0..8192u64).map(|index| ((sent + index) % 251) as u8).collect();
-            client.write_all(&block).unwrap();
-            sent += block.len() as u64;
-            std::thread::sleep(Duration::from_millis(2)); // Paced: the machine has other tests to run.
-        }
-        drop(client);
-        assert_eq!(reader.join().unwrap(), sent);
-        sent
-    })
 }
 
 #[test]

@@ -3,7 +3,7 @@
 //! Packets pass through a [`Step`], which looks things up for a whole batch and takes no peer's lock. What is rare or
 //! slow (handshakes, packets without a session) it leaves in the outbox for [`Device::settle`].
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -75,11 +75,11 @@ impl Identity {
     }
 }
 
-/// How many stray packets may make us look for their sender.
+/// Who sent stray packets in this second of the device's clock.
 #[derive(Default)]
 pub(crate) struct Strays {
     pub(crate) second: u64,
-    pub(crate) count: u32,
+    pub(crate) senders: HashSet<SocketAddr>,
 }
 
 impl Default for Device {
@@ -164,7 +164,8 @@ impl Device {
                 Ok(()) => self.handle_handshake(now, from, message.bytes(), rng, out),
                 Err(reason) => self.drops.count(reason),
             },
-            Event::Stray(from) => self.handle_stray(now, from, rng, out),
+            Event::Stray(from) if self.minds_stray(now, from) => self.handle_stray(now, from, rng, out),
+            Event::Stray(_) => {}
             Event::Initiate(peer) => self.initiate(now, &peer, rng, out),
             Event::Nothing => {}
         }

@@ -365,10 +365,11 @@ impl Engine {
             let now = now();
             for event in event.into_iter().chain(events.try_iter()).take(HANDSHAKES) {
                 match event {
-                    // The gate let it through already.
+                    // Gate and limit were asked already.
                     Event::Message(from, message) => {
                         self.device.handle_handshake(now, from, message.bytes(), &mut rng, &mut out);
                     }
+                    Event::Stray(from) => self.device.handle_stray(now, from, &mut rng, &mut out),
                     event => self.device.handle(now, event, &mut rng, &mut out),
                 }
             }
@@ -423,6 +424,8 @@ impl Engine {
                     }
                     event
                 }
+                // Else forged packets would fill the queue, and handshakes have no room in it.
+                Event::Stray(from) if !self.device.minds_stray(now, from) => continue,
                 Event::Stray(_) | Event::Initiate(_) | Event::Nothing => event,
             };
             if self.slow.try_send(slow).is_err() {

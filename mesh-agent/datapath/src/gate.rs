@@ -2,7 +2,8 @@
 //!
 //! Each source has a bucket of its own. A source beyond it must return a cookie, which proves that it receives what
 //! is sent to its address *and port*; with the cookie it has a second bucket, so that forged sources cannot drain
-//! the one of the real owner. Only when all together send more than [`TOTAL_RATE`] does everyone need a cookie.
+//! the one of the real owner. Only when sources that are all within their own limit send more than [`TOTAL_RATE`]
+//! together does everyone need a cookie: what one source sends beyond its limit is no load, and nobody else's matter.
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -14,7 +15,7 @@ use rand::CryptoRng;
 use crate::counters::Drop;
 use crate::limiter::SourceLimiter;
 
-/// Handshakes a second from all sources beyond which everyone needs a cookie. One costs about 0.3 ms.
+/// Handshakes a second, of all sources within their limits, beyond which everyone needs a cookie. One costs about 0.3 ms.
 pub const TOTAL_RATE: u32 = 1000;
 
 /// What became of a handshake message.
@@ -60,8 +61,7 @@ impl Gate {
         if !identity.check_mac1(message) {
             return Verdict::Drop(Drop::BadMac);
         }
-        let all_busy = self.count(now);
-        if !all_busy && self.first.take(from.ip(), now) {
+        if self.first.take(from.ip(), now) && !self.is_busy(now) {
             return Verdict::Pass;
         }
         self.cookies.rotate(now, rng);
@@ -74,8 +74,8 @@ impl Gate {
         }
     }
 
-    /// Counts a message; true once more than [`TOTAL_RATE`] came in this second.
-    fn count(&mut self, now: Instant) -> bool {
+    /// Counts a message within its source's limit; true once more than [`TOTAL_RATE`] came in this second.
+    fn is_busy(&mut self, now: Instant) -> bool {
         let (start, count) = &mut self.window;
         if now.saturating_duration_since(*start) >= Duration::from_secs(1) {
             self.window = (now, 1);

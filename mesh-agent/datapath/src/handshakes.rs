@@ -16,8 +16,8 @@ use crate::outbox::Outbox;
 use crate::peer::{MAX_STAGED, Now, Peer, State};
 use crate::session::Session;
 
-/// Stray packets a second that make us look for their sender.
-const STRAYS: u32 = 20;
+/// Senders of stray packets that we look for in a second: after a crash, as many peers may wait for us.
+const STRAYS: usize = 1024;
 /// A session that received something this recently is not one that the peer lost, in milliseconds.
 const ALIVE: u64 = 5_000;
 
@@ -284,6 +284,17 @@ impl Device {
         peer.traffic.sent(self.ms(now.instant), 1, message.len(), false);
     }
 
+    /// Whether data for a session that we do not have is worth a look at who sent it: once a second for each sender.
+    pub(crate) fn minds_stray(&self, now: Now, from: SocketAddr) -> bool {
+        let second = self.ms(now.instant) / 1000;
+        let mut strays = self.strays.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if strays.second != second {
+            strays.second = second;
+            strays.senders.clear();
+        }
+        strays.senders.len() < STRAYS && strays.senders.insert(from)
+    }
+
     /// Data came for a session that we do not have. If a peer is known to be there, and nothing of it gets through,
     /// it uses one that we lost: a new handshake ends that at once.
     pub(crate) fn handle_stray(
@@ -294,16 +305,6 @@ impl Device {
         out: &mut Outbox,
     ) {
         let ms = self.ms(now.instant);
-        {
-            let mut strays = self.strays.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-            if strays.second != ms / 1000 {
-                (strays.second, strays.count) = (ms / 1000, 0);
-            }
-            strays.count += 1;
-            if strays.count > STRAYS {
-                return;
-            }
-        }
         let lost = |peer: &&Arc<Peer>| {
             let last = peer.traffic.last_received.load(Ordering::Relaxed);
             peer.endpoint() == Some(from) && (last == 0 || last + ALIVE < ms)

@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use keyservice::{PresharedKey, PublicKey};
 use mesh_datapath::counters::Drop;
-use mesh_datapath::limiter::BURST;
+use mesh_datapath::gate::TOTAL_RATE;
+use mesh_datapath::limiter::{BURST, RATE};
 use mesh_datapath::peer::MAX_STAGED;
 use mesh_uapi::{Op, PeerUpdate};
 use support::*;
@@ -179,8 +180,12 @@ fn flood(target: &Node, from: std::net::SocketAddr, count: u32) {
 #[test]
 fn one_flooder_puts_no_other_source_under_cookies() {
     let (a, b) = pair();
-    flood(&b, ([198, 51, 100, 1], 1).into(), 500);
-    assert!(b.drops(Drop::CookieDemanded) >= 500 - u64::from(BURST) - 20);
+    // More than all together may send in a second.
+    let count = 4 * TOTAL_RATE;
+    let start = now();
+    flood(&b, ([198, 51, 100, 1], 1).into(), count);
+    let passed = BURST + RATE * (start.instant.elapsed().as_secs() as u32 + 1);
+    assert!(b.drops(Drop::CookieDemanded) >= u64::from(count - passed));
     assert_eq!(run(&[&a, &b], a.send(now(), &packet("10.0.0.1", "10.0.0.2", 84))).len(), 1);
     assert!(b.view_of(&a).last_handshake.is_some());
 }
@@ -513,6 +518,23 @@ fn a_side_that_lost_its_sessions_is_back_with_the_first_packet_of_the_other() {
     let elsewhere = ([198, 51, 100, 1], 999).into();
     assert!(restarted.receive(soon, elsewhere, &lost[0].1).0.is_empty());
     assert!(restarted.receive(soon, a.at, &lost[0].1).0.is_empty());
+}
+
+#[test]
+fn a_loud_peer_of_a_lost_session_keeps_no_other_from_coming_back() {
+    let restarted = node(1);
+    let peers: Vec<Node> = (2..102).map(node).collect();
+    for peer in &peers {
+        restarted.befriend(peer, &[]);
+    }
+    // Data of sessions that are gone.
+    let stray = [&[4, 0, 0, 0][..], &[7; 28]].concat();
+    let at = now();
+    let begun = |from: &Node| restarted.receive(at, from.at, &stray).0.len();
+    let of_the_loud: usize = (0..1000).map(|_| begun(&peers[0])).sum();
+    assert_eq!(of_the_loud, 1);
+    assert!(peers.iter().skip(1).all(|peer| begun(peer) == 1));
+    assert_eq!(restarted.drops(Drop::UnknownIndex), 1099);
 }
 
 #[test]

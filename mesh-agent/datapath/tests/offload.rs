@@ -18,16 +18,6 @@ fn has_vnet_header(side: &Side) -> bool {
     side.host.run("ip", &format!("-d link show {}", side.interface)).contains("vnet_hdr on")
 }
 
-/// Packets that the host's TUN took from the kernel and gave to it; large ones count once.
-fn packets(side: &Side) -> [u64; 2] {
-    let text = side.host.run("ip", &format!("-s -o link show {}", side.interface));
-    let number = |direction: &str| {
-        let numbers = text.split(direction).nth(1).unwrap().split('\\').nth(1).unwrap();
-        numbers.split_whitespace().nth(1).unwrap().parse().unwrap()
-    };
-    ["TX:", "RX:"].map(number)
-}
-
 /// Datagrams that the sender's kernel gets as large packets; each arrives, whole and in order.
 fn datagrams(from: Host, to: IpAddr) {
     const SEGMENT: usize = 1000;
@@ -75,9 +65,9 @@ fn carries_data(left: &'static str, right: &'static str) {
             Host::Left => [(&tunnel.left, left), (&tunnel.right, right)],
             Host::Right => [(&tunnel.right, right), (&tunnel.left, left)],
         };
-        let before = [packets(sender.0)[0], packets(receiver.0)[1]];
+        let before = [sender.0.packets()[0], receiver.0.packets()[1]];
         transfer(from, to.parse().unwrap(), SIZE);
-        let after = [packets(sender.0)[0], packets(receiver.0)[1]];
+        let after = [sender.0.packets()[0], receiver.0.packets()[1]];
         let small = (SIZE / 1420) as u64;
         for (n, (_, offload)) in [sender, receiver].into_iter().enumerate() {
             let count = after[n] - before[n];

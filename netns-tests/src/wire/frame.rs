@@ -1,5 +1,7 @@
-//! Ethernet frames as the relay needs them: addresses, IP lengths, the ICMP a narrow hop answers with, and
+//! Ethernet frames as relay and taps need them: addresses, IP lengths, UDP, the ICMP a narrow hop answers with, and
 //! IPv4 fragmentation. Every parser takes any bytes and returns an Option.
+
+use std::net::{IpAddr, SocketAddr};
 
 /// Destination MAC address.
 pub fn destination(frame: &[u8]) -> Option<[u8; 6]> {
@@ -39,6 +41,59 @@ pub fn checksum(parts: &[&[u8]]) -> u16 {
         sum = (sum & 0xffff) + (sum >> 16);
     }
     !(sum as u16)
+}
+
+/// Source, destination and payload of a UDP datagram that is not fragmented and has no IP options.
+pub fn udp_of(frame: &[u8]) -> Option<(SocketAddr, SocketAddr, &[u8])> {
+    let packet = ip_packet(frame)?;
+    let (from, to, udp): (IpAddr, IpAddr, _) = match (packet.first()?, packet.get(6)?, packet.get(9)?) {
+        (0x45, flags, 17) if flags & 0x3f == 0 && packet.get(7) == Some(&0) => {
+            let address = |at| Some(<[u8; 4]>::try_from(packet.get(at..at + 4)?).ok()?.into());
+            (address(12)?, address(16)?, packet.get(20..)?)
+        }
+        (first, 17, _) if first >> 4 == 6 => {
+            let address = |at| Some(<[u8; 16]>::try_from(packet.get(at..at + 16)?).ok()?.into());
+            (address(8)?, address(24)?, packet.get(40..)?)
+        }
+        _ => return None,
+    };
+    let port = |at: usize| Some(u16::from_be_bytes(udp.get(at..at + 2)?.try_into().ok()?));
+    Some((SocketAddr::new(from, port(0)?), SocketAddr::new(to, port(2)?), udp.get(8..)?))
+}
+
+/// A frame with a UDP datagram, between the Ethernet addresses of the frame `like`; both ends are of one family. `None`
+/// if they are not, or if it is longer than a packet can be.
+pub fn udp(like: &[u8], from: SocketAddr, to: SocketAddr, payload: &[u8]) -> Option<Vec<u8>> {
+    let length = u16::try_from(8 + payload.len()).ok()?;
+    let mut udp = [from.port().to_be_bytes(), to.port().to_be_bytes(), length.to_be_bytes(), [0; 2]].concat();
+    udp.extend(payload);
+    let addresses = match (from.ip(), to.ip()) {
+        (IpAddr::V4(from), IpAddr::V4(to)) => [from.octets(), to.octets()].concat(),
+        (IpAddr::V6(from), IpAddr::V6(to)) => [from.octets(), to.octets()].concat(),
+        _ => return None,
+    };
+    // The pseudo header of RFC 768 and of RFC 8200, 8.1: in both, what else is in it sums up to this.
+    let sum = checksum(&[&addresses, &[0, 17], &length.to_be_bytes(), &udp]);
+    udp.get_mut(6..8)?.copy_from_slice(&if sum == 0 { 0xffff } else { sum }.to_be_bytes());
+    let mut frame = like.get(..12)?.to_vec();
+    if from.is_ipv4() {
+        let total = length.checked_add(20)?;
+        let mut ip = vec![0x45, 0];
+        ip.extend(total.to_be_bytes());
+        ip.extend([0, 0, 0, 0, 64, 17, 0, 0]);
+        ip.extend(addresses);
+        let sum = checksum(&[&ip]);
+        ip.get_mut(10..12)?.copy_from_slice(&sum.to_be_bytes());
+        frame.extend([8, 0]);
+        frame.extend(ip);
+    } else {
+        frame.extend([0x86, 0xdd, 0x60, 0, 0, 0]);
+        frame.extend(length.to_be_bytes());
+        frame.extend([17, 64]);
+        frame.extend(addresses);
+    }
+    frame.extend(udp);
+    Some(frame)
 }
 
 /// What a hop with this MTU does with a frame that is too big for it.
@@ -188,11 +243,30 @@ mod tests {
         assert_eq!((checksum(&[&ip[..20]]), checksum(&[&ip[20..]])), (0, 0));
     }
 
+    #[test]
+    fn a_datagram_reads_as_it_was_made_and_its_sums_are_right() {
+        for (from, to) in [("192.0.2.1:7", "192.0.2.2:9"), ("[2001:db8::1]:7", "[2001:db8::2]:9")] {
+            let (from, to) = (from.parse().unwrap(), to.parse().unwrap());
+            for payload in [&b""[..], b"x", b"four", &[0xff; 1400]] {
+                let frame = udp(&[2; 14], from, to, payload).unwrap();
+                assert_eq!(udp_of(&frame), Some((from, to, payload)));
+                let ip = ip_packet(&frame).unwrap();
+                let (addresses, udp) = if from.is_ipv4() { (12..20, 20) } else { (8..40, 40) };
+                let length = (8 + payload.len()) as u16;
+                assert_eq!(checksum(&[&ip[addresses], &[0, 17], &length.to_be_bytes(), &ip[udp..]]), 0);
+                assert!(from.is_ipv6() || checksum(&[&ip[..20]]) == 0);
+            }
+        }
+        let mixed = udp(&[2; 14], "192.0.2.1:7".parse().unwrap(), "[::1]:9".parse().unwrap(), b"");
+        assert_eq!(mixed, None);
+    }
+
     proptest! {
         #[test]
         fn any_bytes_are_survived(bytes in proptest::collection::vec(any::<u8>(), 0..200), mtu in 0u32..2000) {
             let _ = too_big(&bytes, mtu);
             let _ = destination(&bytes).map(is_group);
+            let _ = udp_of(&bytes);
         }
     }
 }

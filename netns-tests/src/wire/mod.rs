@@ -4,6 +4,7 @@
 pub mod frame;
 pub mod impair;
 pub mod relay;
+pub mod tap;
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -120,11 +121,13 @@ impl Wire {
 
     /// Changes the conditions between two hosts, both directions, while everything runs.
     pub fn change(&mut self, a: &str, b: &str, change: impl Fn(&mut Conditions)) -> Result<()> {
-        {
-            let mut links = self.links.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-            change(links.between_mut(a, b));
-            change(links.between_mut(b, a));
-        }
+        self.change_one_way(a, b, &change)?;
+        self.change_one_way(b, a, &change)
+    }
+
+    /// Changes the conditions from one host to another, and not those of the way back.
+    pub fn change_one_way(&mut self, from: &str, to: &str, change: impl Fn(&mut Conditions)) -> Result<()> {
+        change(self.links.lock().unwrap_or_else(std::sync::PoisonError::into_inner).between_mut(from, to));
         self.engage()
     }
 

@@ -214,7 +214,7 @@ fn remaining(due: Instant) -> PollTimeout {
 }
 
 /// A packet socket on one interface of the current namespace, for all frames that come in on it.
-fn packet_socket(interface: &str) -> Result<Socket> {
+pub(super) fn packet_socket(interface: &str) -> Result<Socket> {
     let all = (libc::ETH_P_ALL as u16).to_be();
     let socket = Socket::new(Domain::PACKET, Type::RAW, Some(Protocol::from(i32::from(all))))
         .context("open a packet socket")?;

@@ -2,13 +2,17 @@
 #![allow(dead_code, unreachable_pub)] // Each test binary uses its part.
 #![allow(clippy::unwrap_used, clippy::disallowed_methods)]
 
-use std::net::IpAddr;
+use std::io::{Read as _, Write as _};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
+use std::process::{Child, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use netns_tests::bins::Bins;
 use netns_tests::lab::Lab;
 use netns_tests::netns::Netns;
+use netns_tests::pods::Pod;
 use netns_tests::probe::{self, Outcome, Probe};
 use netns_tests::spec::{self, Protocol};
 
@@ -18,18 +22,81 @@ pub fn bins() -> Bins {
 
 /// Two nodes, a pod on each, dual stack. `more` is appended to the lab file.
 pub fn two(more: &str) -> spec::Lab {
-    let text = format!(
-        "
-name: two
-nodes:
-  - {{name: a, ips: [192.0.2.1, '2001:db8::1'], podCIDRs: [10.244.1.0/24, 'fd00:10:244:1::/64']}}
-  - {{name: b, ips: [192.0.2.2, '2001:db8::2'], podCIDRs: [10.244.2.0/24, 'fd00:10:244:2::/64']}}
-pods:
-  - {{namespace: d, name: pa, node: a, labels: {{app: a}}, ports: [{{name: web, port: 8080}}, {{port: 8080, protocol: UDP}}, {{port: 8080, protocol: SCTP}}]}}
-  - {{namespace: d, name: pb, node: b, labels: {{app: b}}, ports: [{{name: web, port: 8080}}, {{port: 8080, protocol: UDP}}, {{port: 8080, protocol: SCTP}}]}}
-{more}"
-    );
-    spec::Lab::parse(&text).unwrap()
+    nodes("ab", more)
+}
+
+/// A node for each letter, with a pod `pa` on `a` and so on, dual stack. `more` is appended to the lab file.
+pub fn nodes(letters: &str, more: &str) -> spec::Lab {
+    let mut text = "\nname: letters\nnodes:\n".to_owned();
+    for (name, n) in letters.chars().zip(1..) {
+        text += &format!(
+            "  - {{name: {name}, ips: [192.0.2.{n}, '2001:db8::{n}'], podCIDRs: [10.244.{n}.0/24, 'fd00:10:244:{n}::/64']}}\n"
+        );
+    }
+    text += "pods:\n";
+    for name in letters.chars() {
+        text += &format!(
+            "  - {{namespace: d, name: p{name}, node: {name}, labels: {{app: {name}}}, ports: [{{name: web, port: 8080}}, {{port: 8080, protocol: UDP}}, {{port: 8080, protocol: SCTP}}]}}\n"
+        );
+    }
+    spec::Lab::parse(&(text + more)).unwrap()
+}
+
+/// A pod's address of a family.
+pub fn address(pod: &Pod, v6: bool) -> IpAddr {
+    *pod.ips.iter().find(|ip| ip.is_ipv6() == v6).unwrap()
+}
+
+/// `ping` from pod to pod, under way: `count` of them, one each two milliseconds.
+pub fn pings(lab: &Lab, from: &str, to: &str, v6: bool, count: u32) -> Child {
+    let (from, to) = (lab.pod("d", from).unwrap(), lab.pod("d", to).unwrap());
+    let mut command = from.netns.command("ping");
+    command.args(["-n", "-q", "-i", "0.002", "-W", "2", "-c", &count.to_string()]);
+    command.arg(address(to, v6).to_string()).stdout(Stdio::piped()).spawn().unwrap()
+}
+
+/// Sent and received of pings that were under way.
+pub fn end_of(pings: Child) -> (u32, u32) {
+    let output = pings.wait_with_output().unwrap();
+    let (sent, received, _) = parse_ping(&String::from_utf8_lossy(&output.stdout)).unwrap();
+    (sent, received)
+}
+
+/// A paced TCP stream from pod to pod whose bytes are counted and compared; it must neither break nor stall. Returns how
+/// many there were.
+pub fn stream_until(lab: &Lab, from: &str, to: &str, v6: bool, done: &AtomicBool) -> u64 {
+    let (from, to) = (lab.pod("d", from).unwrap(), lab.pod("d", to).unwrap());
+    let listener = to.netns.run(|| TcpListener::bind(SocketAddr::new(address(to, v6), 0))).unwrap().unwrap();
+    let at = listener.local_addr().unwrap();
+    let mut client = from.netns.run(|| TcpStream::connect(at)).unwrap().unwrap();
+    let (mut server, _) = listener.accept().unwrap();
+    server.set_read_timeout(Some(Duration::from_secs(3))).unwrap();
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(move || {
+            let (mut total, mut buffer) = (0u64, [0u8; 65536]);
+            loop {
+                match server.read(&mut buffer).expect("the stream stalled for three seconds") {
+                    0 => return total,
+                    count => {
+                        for (index, byte) in buffer[..count].iter().enumerate() {
+                            assert_eq!(*byte, ((total + index as u64) % 251) as u8);
+                        }
+                        total += count as u64;
+                    }
+                }
+            }
+        });
+        let mut sent = 0u64;
+        while !done.load(Ordering::SeqCst) {
+            let block: Vec<u8> = (0..8192u64).map(|index| ((sent + index) % 251) as u8).collect();
+            client.write_all(&block).unwrap();
+            sent += block.len() as u64;
+            std::thread::sleep(Duration::from_millis(2)); // Paced: the machine has other tests to run.
+        }
+        drop(client);
+        assert_eq!(reader.join().unwrap(), sent);
+        sent
+    })
 }
 
 /// A probe from pod to pod in the family of the first address that both have.

@@ -11,7 +11,7 @@ use super::codec::{Reader, Writer};
 
 const MAGIC: [u8; 4] = *b"MGYH";
 /// Of the format. Another version is not read: its successor then begins with what the agent tells it.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// A device.
 #[derive(Clone, PartialEq, Eq, Default)]
@@ -43,8 +43,8 @@ pub struct PeerState {
     pub allowed_ips: Vec<IpNet>,
     /// The newest handshake timestamps ([`export::timestamps`]).
     pub timestamps: Option<[u8; export::TIMESTAMPS]>,
-    /// Bytes received and sent, packets received and sent.
-    pub traffic: [u64; 4],
+    /// Bytes received and sent, packets received and sent, handshakes completed, initiations sent.
+    pub traffic: [u64; 6],
     /// Milliseconds since it was last sent to, heard from, sent data unanswered, and owed a keepalive; `None` for never.
     pub ages: [Option<u64>; 4],
     /// When the last handshake completed, in nanoseconds of Unix time.
@@ -145,7 +145,7 @@ impl PeerState {
                 IpNet::new(ip, r.u8()?).ok()
             })?,
             timestamps: reader.option(Reader::array)?,
-            traffic: [reader.u64()?, reader.u64()?, reader.u64()?, reader.u64()?],
+            traffic: read_counts(reader)?,
             ages: [read_age(reader)?, read_age(reader)?, read_age(reader)?, read_age(reader)?],
             last_handshake: reader.option(Reader::u64)?,
             drops: read_drops(reader)?,
@@ -153,6 +153,14 @@ impl PeerState {
             staged: reader.list(|r| r.bytes().map(<[u8]>::to_vec))?,
         })
     }
+}
+
+fn read_counts(reader: &mut Reader<'_>) -> Option<[u64; 6]> {
+    let mut counts = [0; 6];
+    for count in &mut counts {
+        *count = reader.u64()?;
+    }
+    Some(counts)
 }
 
 fn read_age(reader: &mut Reader<'_>) -> Option<Option<u64>> {
@@ -282,7 +290,7 @@ mod tests {
         ];
         let who = (any::<[u8; 32]>(), prop::option::of(key()), prop::option::of(address), any::<u16>());
         let owns = prop::collection::vec(prefix, 0..4);
-        let past = (prop::option::of(any::<[u8; 24]>()), any::<[u64; 4]>(), any::<[Option<u64>; 4]>());
+        let past = (prop::option::of(any::<[u8; 24]>()), any::<[u64; 6]>(), any::<[Option<u64>; 4]>());
         let sessions = prop::array::uniform3(prop::option::of(session()));
         let staged = prop::collection::vec(prop::collection::vec(any::<u8>(), 0..20), 0..3);
         (who, owns, past, any::<Option<u64>>(), drops(), sessions, staged).prop_map(

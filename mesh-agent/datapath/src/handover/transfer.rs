@@ -140,8 +140,9 @@ impl Device {
     }
 }
 
-fn counts(traffic: &Traffic) -> [&AtomicU64; 4] {
-    [&traffic.rx_bytes, &traffic.tx_bytes, &traffic.rx_packets, &traffic.tx_packets]
+fn counts(traffic: &Traffic) -> [&AtomicU64; 6] {
+    let Traffic { rx_bytes, tx_bytes, rx_packets, tx_packets, handshakes, initiations, .. } = traffic;
+    [rx_bytes, tx_bytes, rx_packets, tx_packets, handshakes, initiations]
 }
 
 fn times(traffic: &Traffic) -> [&AtomicU64; 4] {

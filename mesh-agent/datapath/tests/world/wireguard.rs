@@ -99,6 +99,16 @@ impl Side {
         self.wg(&format!("peer {} allowed-ips 10.9.0.{n}/32,fd09::{n}/128 {endpoint}", peer.public_key));
     }
 
+    /// Packets that the TUN took from the host's kernel and gave to it; large ones count once.
+    pub fn packets(&self) -> [u64; 2] {
+        let text = self.host.run("ip", &format!("-s -o link show {}", self.interface));
+        let number = |direction: &str| {
+            let numbers = text.split(direction).nth(1).unwrap().split('\\').nth(1).unwrap();
+            numbers.split_whitespace().nth(1).unwrap().parse().unwrap()
+        };
+        ["TX:", "RX:"].map(number)
+    }
+
     /// A counter of ours, 0 when it is not there.
     pub fn drops(&self, reason: &str) -> u64 {
         let client = mesh_uapi::Client::new(mesh_uapi::client::socket_path(&self.interface));
