@@ -1,5 +1,10 @@
-//! Which peer an address belongs to: a path-compressed binary trie for each family, longest match wins.
+//! Which peer an address belongs to: a hash table for each length of prefix that there is, the longest first.
+//!
+//! A mesh has few lengths (a node's pod prefixes, single addresses) and many prefixes of each, so a look-up is a few probes,
+//! however many peers there are; at worst one for each of 33 lengths, or 129.
 
+use std::collections::HashMap;
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
@@ -7,25 +12,24 @@ use ipnet::IpNet;
 /// Prefixes of both families, each with a value.
 #[derive(Debug)]
 pub struct AllowedIps<V> {
-    ipv4: Link<V>,
-    ipv6: Link<V>,
+    ipv4: Tables<V>,
+    ipv6: Tables<V>,
 }
 
-type Link<V> = Option<Box<Node<V>>>;
-
-/// A prefix. Without a value it is only where two longer ones part.
+/// By length of prefix, the longest first; none is empty.
 #[derive(Debug)]
-struct Node<V> {
-    /// The prefix, left aligned.
-    bits: u128,
+struct Tables<V>(Vec<Table<V>>);
+
+#[derive(Debug)]
+struct Table<V> {
     length: u8,
-    value: Option<V>,
-    children: [Link<V>; 2],
+    mask: u128,
+    values: HashMap<u128, V, Fold>,
 }
 
 impl<V> Default for AllowedIps<V> {
     fn default() -> Self {
-        Self { ipv4: None, ipv6: None }
+        Self { ipv4: Tables(Vec::new()), ipv6: Tables(Vec::new()) }
     }
 }
 
@@ -36,33 +40,43 @@ fn left_aligned(address: IpAddr) -> u128 {
     }
 }
 
-/// The bit after the first `length` ones.
-fn bit(bits: u128, length: u8) -> usize {
-    usize::from(bits.checked_shl(u32::from(length)).unwrap_or(0) >> 127 == 1)
+/// The first `length` bits.
+fn mask(length: u8) -> u128 {
+    !u128::MAX.checked_shr(length.into()).unwrap_or(0)
 }
 
-fn first(bits: u128, length: u8) -> u128 {
-    bits & !u128::MAX.checked_shr(u32::from(length)).unwrap_or(0)
-}
-
-fn common(a: u128, b: u128, limit: u8) -> u8 {
-    // At most 128, so it fits.
-    ((a ^ b).leading_zeros() as u8).min(limit)
-}
-
-impl<V> Node<V> {
-    fn new(bits: u128, length: u8, value: Option<V>) -> Box<Self> {
-        Box::new(Self { bits, length, value, children: [None, None] })
+impl<V> Tables<V> {
+    /// Where the table of a length is, or where it belongs.
+    fn place(&self, length: u8) -> Result<usize, usize> {
+        self.0.binary_search_by(|table| length.cmp(&table.length))
     }
 
-    fn child(&mut self, towards: u128) -> &mut Link<V> {
-        let [zero, one] = &mut self.children;
-        if bit(towards, self.length) == 0 { zero } else { one }
+    fn insert(&mut self, bits: u128, length: u8, value: V) -> Option<V> {
+        let at = self.place(length).unwrap_or_else(|at| {
+            self.0.insert(at, Table { length, mask: mask(length), values: HashMap::default() });
+            at
+        });
+        let table = self.0.get_mut(at)?;
+        table.values.insert(bits & table.mask, value)
+    }
+
+    fn remove(&mut self, bits: u128, length: u8) -> Option<V> {
+        let at = self.place(length).ok()?;
+        let table = self.0.get_mut(at)?;
+        let removed = table.values.remove(&(bits & table.mask));
+        if table.values.is_empty() {
+            self.0.remove(at);
+        }
+        removed
+    }
+
+    fn longest_match(&self, bits: u128) -> Option<&V> {
+        self.0.iter().find_map(|table| table.values.get(&(bits & table.mask)))
     }
 }
 
 impl<V> AllowedIps<V> {
-    fn root(&mut self, prefix: &IpNet) -> &mut Link<V> {
+    fn tables(&mut self, prefix: &IpNet) -> &mut Tables<V> {
         match prefix {
             IpNet::V4(_) => &mut self.ipv4,
             IpNet::V6(_) => &mut self.ipv6,
@@ -71,83 +85,58 @@ impl<V> AllowedIps<V> {
 
     /// Gives `prefix` to `value`; returns who had exactly this prefix before.
     pub fn insert(&mut self, prefix: IpNet, value: V) -> Option<V> {
-        let length = prefix.prefix_len();
-        let bits = first(left_aligned(prefix.addr()), length);
-        let mut link = self.root(&prefix);
-        loop {
-            let Some(node) = link else {
-                *link = Some(Node::new(bits, length, Some(value)));
-                return None;
-            };
-            let shared = common(node.bits, bits, node.length.min(length));
-            if shared < node.length {
-                // The new prefix, or a fork on the way to it, goes above this node.
-                let mut above = Node::new(first(bits, shared), shared, None);
-                let below = link.take();
-                if let Some(node) = below {
-                    let towards = node.bits;
-                    *above.child(towards) = Some(node);
-                }
-                if shared == length {
-                    above.value = Some(value);
-                } else {
-                    *above.child(bits) = Some(Node::new(bits, length, Some(value)));
-                }
-                *link = Some(above);
-                return None;
-            }
-            if shared == length {
-                return node.value.replace(value);
-            }
-            link = link.as_mut()?.child(bits);
-        }
+        self.tables(&prefix).insert(left_aligned(prefix.addr()), prefix.prefix_len(), value)
     }
 
     /// Takes exactly `prefix` away; returns who had it.
     pub fn remove(&mut self, prefix: &IpNet) -> Option<V> {
-        let length = prefix.prefix_len();
-        let bits = first(left_aligned(prefix.addr()), length);
-        remove(self.root(prefix), bits, length)
+        self.tables(prefix).remove(left_aligned(prefix.addr()), prefix.prefix_len())
     }
 
     /// The value of the longest prefix that holds `address`.
     pub fn longest_match(&self, address: IpAddr) -> Option<&V> {
-        let bits = left_aligned(address);
-        let (mut link, width) = match address {
-            IpAddr::V4(_) => (&self.ipv4, 32),
-            IpAddr::V6(_) => (&self.ipv6, 128),
-        };
-        let mut best = None;
-        while let Some(node) = link {
-            if common(node.bits, bits, node.length) < node.length {
-                break;
-            }
-            best = node.value.as_ref().or(best);
-            if node.length == width {
-                break;
-            }
-            let [zero, one] = &node.children;
-            link = if bit(bits, node.length) == 0 { zero } else { one };
-        }
-        best
+        let tables = if address.is_ipv4() { &self.ipv4 } else { &self.ipv6 };
+        tables.longest_match(left_aligned(address))
     }
 }
 
-fn remove<V>(link: &mut Link<V>, bits: u128, length: u8) -> Option<V> {
-    let node = link.as_mut()?;
-    if node.length > length || common(node.bits, bits, node.length) < node.length {
-        return None;
+/// Two multiplications for a prefix. The seed is secret, though only who configures the device could choose what collides.
+#[derive(Debug, Clone, Copy)]
+struct Fold {
+    seed: u64,
+    state: u64,
+}
+
+impl Default for Fold {
+    fn default() -> Self {
+        Self { seed: RandomState::new().hash_one(0_u8), state: 0 }
     }
-    let removed =
-        if node.length == length { node.value.take() } else { remove(node.child(bits), bits, length) };
-    // A node that is neither a prefix nor a fork is spliced out, so that the depth follows the content.
-    if node.value.is_none() {
-        match &mut node.children {
-            [Some(_), Some(_)] => {}
-            [only, None] | [None, only] => *link = only.take(),
+}
+
+impl BuildHasher for Fold {
+    type Hasher = Self;
+
+    fn build_hasher(&self) -> Self {
+        Self { state: self.seed, ..*self }
+    }
+}
+
+impl Hasher for Fold {
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|byte| self.write_u128(u128::from(*byte)));
+    }
+
+    fn write_u128(&mut self, value: u128) {
+        for half in [value as u64, (value >> 64) as u64] {
+            // An odd number without pattern: 2^64 by the golden ratio.
+            let product = u128::from(self.state ^ half).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            self.state = (product ^ (product >> 64)) as u64 ^ self.seed;
         }
     }
-    removed
+
+    fn finish(&self) -> u64 {
+        self.state
+    }
 }
 
 #[cfg(test)]
@@ -175,28 +164,28 @@ mod tests {
 
     proptest! {
         #[test]
-        fn trie_agrees_with_a_linear_scan(
+        fn tables_agree_with_a_linear_scan(
             steps in prop::collection::vec((any::<bool>(), prefix(), 0u8..8), 0..120),
             asked in prop::collection::vec(address(), 0..40),
         ) {
-            let mut trie = AllowedIps::default();
+            let mut tables = AllowedIps::default();
             let mut list = BTreeMap::new();
             for (add, prefix, value) in steps {
                 if add {
-                    prop_assert_eq!(trie.insert(prefix, value), list.insert(prefix, value));
+                    prop_assert_eq!(tables.insert(prefix, value), list.insert(prefix, value));
                 } else {
-                    prop_assert_eq!(trie.remove(&prefix), list.remove(&prefix));
+                    prop_assert_eq!(tables.remove(&prefix), list.remove(&prefix));
                 }
             }
             let ends = list.keys().flat_map(|p| [p.network(), p.broadcast()]);
             for address in ends.chain(asked) {
                 let scanned = list.iter().filter(|(p, _)| p.contains(&address)).max_by_key(|(p, _)| p.prefix_len());
-                prop_assert_eq!(trie.longest_match(address), scanned.map(|(_, v)| v));
+                prop_assert_eq!(tables.longest_match(address), scanned.map(|(_, v)| v));
             }
             for prefix in list.keys() {
-                prop_assert!(trie.remove(prefix).is_some());
+                prop_assert!(tables.remove(prefix).is_some());
             }
-            prop_assert!(trie.ipv4.is_none() && trie.ipv6.is_none(), "nodes are left behind");
+            prop_assert!(tables.ipv4.0.is_empty() && tables.ipv6.0.is_empty(), "tables are left behind");
         }
     }
 }
