@@ -42,7 +42,7 @@ bpf: setup ## Rebuild the committed BPF object (after a change in ebpf-policy/bp
 bpf-check: setup ## Rebuild the BPF object elsewhere and compare it with the committed one
 	.ci/bpf check
 
-fuzz: setup ## Every fuzz target for FUZZ_SECONDS (60) each; needs a nightly tool chain
+fuzz: setup ## Every fuzz target for FUZZ_SECONDS (60) each; a finding stops it
 	.ci/fuzz $(FUZZ_SECONDS)
 
 clean:

@@ -138,7 +138,8 @@ pub fn protocol(data: &[u8]) {
         let (body, tail) = tail.split_at(tail.len().min(usize::from(*length)));
         rest = tail;
         let end = usize::from(which & 1);
-        let message = usize::from(*which).checked_rem(wire.sent.len()).and_then(|n| wire.sent.get(n)).cloned();
+        let message =
+            usize::from(*which).checked_rem(wire.sent.len()).and_then(|n| wire.sent.get(n)).cloned();
         match (kind % 8, message) {
             (0, _) => wire.initiate(end),
             (1, _) => wire.seal(end, *which >> 1, body),
