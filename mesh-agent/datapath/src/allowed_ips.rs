@@ -1,5 +1,10 @@
-//! Which peer an address belongs to: a path-compressed binary trie for each family, longest match wins.
+//! Which peer an address belongs to: the longest prefix wins.
+//!
+//! A hash table for each length that there is, longest first. A mesh has few lengths (pod ranges, single addresses), so
+//! a look-up takes as long with ten thousand prefixes as with one; the kernel's trie gets deeper with each doubling.
 
+use std::collections::HashMap;
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
@@ -7,25 +12,16 @@ use ipnet::IpNet;
 /// Prefixes of both families, each with a value.
 #[derive(Debug)]
 pub struct AllowedIps<V> {
-    ipv4: Link<V>,
-    ipv6: Link<V>,
+    ipv4: Family<V>,
+    ipv6: Family<V>,
 }
 
-type Link<V> = Option<Box<Node<V>>>;
-
-/// A prefix. Without a value it is only where two longer ones part.
-#[derive(Debug)]
-struct Node<V> {
-    /// The prefix, left aligned.
-    bits: u128,
-    length: u8,
-    value: Option<V>,
-    children: [Link<V>; 2],
-}
+/// Prefixes by length, longest first; none of the tables is empty.
+type Family<V> = Vec<(u8, HashMap<u128, V, Folded>)>;
 
 impl<V> Default for AllowedIps<V> {
     fn default() -> Self {
-        Self { ipv4: None, ipv6: None }
+        Self { ipv4: Vec::new(), ipv6: Vec::new() }
     }
 }
 
@@ -36,33 +32,12 @@ fn left_aligned(address: IpAddr) -> u128 {
     }
 }
 
-/// The bit after the first `length` ones.
-fn bit(bits: u128, length: u8) -> usize {
-    usize::from(bits.checked_shl(u32::from(length)).unwrap_or(0) >> 127 == 1)
-}
-
 fn first(bits: u128, length: u8) -> u128 {
     bits & !u128::MAX.checked_shr(u32::from(length)).unwrap_or(0)
 }
 
-fn common(a: u128, b: u128, limit: u8) -> u8 {
-    // At most 128, so it fits.
-    ((a ^ b).leading_zeros() as u8).min(limit)
-}
-
-impl<V> Node<V> {
-    fn new(bits: u128, length: u8, value: Option<V>) -> Box<Self> {
-        Box::new(Self { bits, length, value, children: [None, None] })
-    }
-
-    fn child(&mut self, towards: u128) -> &mut Link<V> {
-        let [zero, one] = &mut self.children;
-        if bit(towards, self.length) == 0 { zero } else { one }
-    }
-}
-
 impl<V> AllowedIps<V> {
-    fn root(&mut self, prefix: &IpNet) -> &mut Link<V> {
+    fn family(&mut self, prefix: &IpNet) -> &mut Family<V> {
         match prefix {
             IpNet::V4(_) => &mut self.ipv4,
             IpNet::V6(_) => &mut self.ipv6,
@@ -73,33 +48,15 @@ impl<V> AllowedIps<V> {
     pub fn insert(&mut self, prefix: IpNet, value: V) -> Option<V> {
         let length = prefix.prefix_len();
         let bits = first(left_aligned(prefix.addr()), length);
-        let mut link = self.root(&prefix);
-        loop {
-            let Some(node) = link else {
-                *link = Some(Node::new(bits, length, Some(value)));
-                return None;
-            };
-            let shared = common(node.bits, bits, node.length.min(length));
-            if shared < node.length {
-                // The new prefix, or a fork on the way to it, goes above this node.
-                let mut above = Node::new(first(bits, shared), shared, None);
-                let below = link.take();
-                if let Some(node) = below {
-                    let towards = node.bits;
-                    *above.child(towards) = Some(node);
-                }
-                if shared == length {
-                    above.value = Some(value);
-                } else {
-                    *above.child(bits) = Some(Node::new(bits, length, Some(value)));
-                }
-                *link = Some(above);
-                return None;
+        let family = self.family(&prefix);
+        match family.binary_search_by(|(other, _)| length.cmp(other)) {
+            Ok(at) => family.get_mut(at)?.1.insert(bits, value),
+            Err(at) => {
+                let mut table = HashMap::with_hasher(Folded::default());
+                table.insert(bits, value);
+                family.insert(at, (length, table));
+                None
             }
-            if shared == length {
-                return node.value.replace(value);
-            }
-            link = link.as_mut()?.child(bits);
         }
     }
 
@@ -107,47 +64,68 @@ impl<V> AllowedIps<V> {
     pub fn remove(&mut self, prefix: &IpNet) -> Option<V> {
         let length = prefix.prefix_len();
         let bits = first(left_aligned(prefix.addr()), length);
-        remove(self.root(prefix), bits, length)
+        let family = self.family(prefix);
+        let at = family.binary_search_by(|(other, _)| length.cmp(other)).ok()?;
+        let (_, table) = family.get_mut(at)?;
+        let removed = table.remove(&bits);
+        if table.is_empty() {
+            family.remove(at);
+        }
+        removed
     }
 
     /// The value of the longest prefix that holds `address`.
     pub fn longest_match(&self, address: IpAddr) -> Option<&V> {
         let bits = left_aligned(address);
-        let (mut link, width) = match address {
-            IpAddr::V4(_) => (&self.ipv4, 32),
-            IpAddr::V6(_) => (&self.ipv6, 128),
-        };
-        let mut best = None;
-        while let Some(node) = link {
-            if common(node.bits, bits, node.length) < node.length {
-                break;
-            }
-            best = node.value.as_ref().or(best);
-            if node.length == width {
-                break;
-            }
-            let [zero, one] = &node.children;
-            link = if bit(bits, node.length) == 0 { zero } else { one };
-        }
-        best
+        let family = if address.is_ipv4() { &self.ipv4 } else { &self.ipv6 };
+        family.iter().find_map(|(length, table)| table.get(&first(bits, *length)))
     }
 }
 
-fn remove<V>(link: &mut Link<V>, bits: u128, length: u8) -> Option<V> {
-    let node = link.as_mut()?;
-    if node.length > length || common(node.bits, bits, node.length) < node.length {
-        return None;
+/// A hash of one multiplication, over a random number: these keys are from the configuration, and the default hash
+/// takes longer than the rest of a look-up.
+#[derive(Debug, Clone)]
+struct Folded(u64);
+
+impl Default for Folded {
+    fn default() -> Self {
+        Self(RandomState::new().hash_one(0))
     }
-    let removed =
-        if node.length == length { node.value.take() } else { remove(node.child(bits), bits, length) };
-    // A node that is neither a prefix nor a fork is spliced out, so that the depth follows the content.
-    if node.value.is_none() {
-        match &mut node.children {
-            [Some(_), Some(_)] => {}
-            [only, None] | [None, only] => *link = only.take(),
+}
+
+impl BuildHasher for Folded {
+    type Hasher = Self;
+
+    fn build_hasher(&self) -> Self {
+        self.clone()
+    }
+}
+
+impl Folded {
+    fn add(&mut self, word: u64) {
+        // The golden ratio, as in Fibonacci hashing; both halves of the product, for either alone keeps patterns.
+        let product = u128::from(self.0 ^ word) * 0x9e37_79b9_7f4a_7c15;
+        self.0 = (product >> 64) as u64 ^ product as u64;
+    }
+}
+
+impl Hasher for Folded {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for chunk in bytes.chunks(8) {
+            let mut word = [0; 8];
+            word.iter_mut().zip(chunk).for_each(|(to, from)| *to = *from);
+            self.add(u64::from_ne_bytes(word));
         }
     }
-    removed
+
+    fn write_u128(&mut self, key: u128) {
+        self.add(key as u64);
+        self.add((key >> 64) as u64);
+    }
 }
 
 #[cfg(test)]
@@ -175,28 +153,44 @@ mod tests {
 
     proptest! {
         #[test]
-        fn trie_agrees_with_a_linear_scan(
+        fn tables_agree_with_a_linear_scan(
             steps in prop::collection::vec((any::<bool>(), prefix(), 0u8..8), 0..120),
             asked in prop::collection::vec(address(), 0..40),
         ) {
-            let mut trie = AllowedIps::default();
+            let mut table = AllowedIps::default();
             let mut list = BTreeMap::new();
             for (add, prefix, value) in steps {
                 if add {
-                    prop_assert_eq!(trie.insert(prefix, value), list.insert(prefix, value));
+                    prop_assert_eq!(table.insert(prefix, value), list.insert(prefix, value));
                 } else {
-                    prop_assert_eq!(trie.remove(&prefix), list.remove(&prefix));
+                    prop_assert_eq!(table.remove(&prefix), list.remove(&prefix));
                 }
             }
             let ends = list.keys().flat_map(|p| [p.network(), p.broadcast()]);
             for address in ends.chain(asked) {
                 let scanned = list.iter().filter(|(p, _)| p.contains(&address)).max_by_key(|(p, _)| p.prefix_len());
-                prop_assert_eq!(trie.longest_match(address), scanned.map(|(_, v)| v));
+                prop_assert_eq!(table.longest_match(address), scanned.map(|(_, v)| v));
             }
             for prefix in list.keys() {
-                prop_assert!(trie.remove(prefix).is_some());
+                prop_assert!(table.remove(prefix).is_some());
             }
-            prop_assert!(trie.ipv4.is_none() && trie.ipv6.is_none(), "nodes are left behind");
+            prop_assert!(table.ipv4.is_empty() && table.ipv6.is_empty(), "tables are left behind");
+        }
+    }
+
+    #[test]
+    fn pod_ranges_and_addresses_spread_over_the_whole_hash() {
+        let hasher = Folded::default();
+        let keys = (0..4096u32).flat_map(|n| {
+            let v4 = u128::from(0x0a00_0000 + (n << 8)) << 96;
+            [v4, (0xfd00_0010u128 << 96) + (u128::from(n) << 64)]
+        });
+        // The table takes its place from the low bits, and seven more from the top.
+        let hashes: Vec<u64> = keys.map(|key| hasher.hash_one(key)).collect();
+        for (part, all) in [((|hash| hash & 0xfff) as fn(u64) -> u64, 4096), (|hash| hash >> 57, 128)] {
+            let parts: std::collections::HashSet<_> = hashes.iter().map(|hash| part(*hash)).collect();
+            // Random numbers would leave one place in seven empty.
+            assert!(parts.len() * 10 > all * 7, "{} of {all}", parts.len());
         }
     }
 }
