@@ -63,6 +63,51 @@ fn an_aborted_demo_leaves_nothing() {
     .unwrap();
 }
 
+/// A run of the bench with its figures in a file.
+fn bench(arguments: &[&str]) -> (Output, serde_json::Value) {
+    let directory = tempfile::tempdir().unwrap();
+    let json = directory.path().join("bench.json");
+    let output = mesh_lab(&[&["bench", "--quick", "--json", json.to_str().unwrap()], arguments].concat());
+    let text = std::fs::read(json).unwrap_or_else(|_| b"null".to_vec());
+    (output, serde_json::from_slice(&text).unwrap())
+}
+
+#[test]
+fn a_bench_measures_what_goes_through_the_tunnel_and_leaves_nothing() {
+    let before = Machine::look().unwrap();
+    let (output, json) = bench(&["--rounds", "2", "--only", "veth,margay", "--parts", "tcp,udp,ping"]);
+    assert!(output.status.success(), "{}", text(&output));
+    let table = text(&output);
+    for word in ["TCP, Mbit/s received", "kpps", "ping, µs", "Goals"] {
+        assert!(table.contains(word), "no {word:?} in {table}");
+    }
+    let number = |metric: &str, contestant: &str| {
+        let entry = &json["metrics"][metric]["contestants"][contestant];
+        assert_eq!(entry["rounds"].as_array().unwrap().len(), 2, "{metric} of {contestant}");
+        entry["median"].as_f64().unwrap()
+    };
+    for contestant in ["veth", "margay"] {
+        assert!(number("tcp1_forward_mbit_s", contestant) > 10.0);
+        assert!(number("ping_idle_average_us", contestant) > 1.0);
+        assert!(number("udp_25k_sent_kpps", contestant) >= number("udp_25k_received_kpps", contestant));
+        assert_eq!(number("udp_25k_late", contestant), 0.0, "datagrams overtook each other");
+    }
+    // Sealing costs something, and only daemons that ran have used a CPU.
+    assert!(number("tcp1_forward_daemon_cpu_ms_per_gb", "margay") > 1.0);
+    let left = before.difference(&Machine::look().unwrap());
+    assert!(left.is_empty(), "{left:?}");
+}
+
+#[test]
+fn a_contestant_that_does_not_start_fails_the_bench_unless_it_is_left_out() {
+    let (output, json) = bench(&["--only", "veth", "--parts", "ping", "--other", "/bin/false"]);
+    assert!(!output.status.success() && json.is_null(), "{}", text(&output));
+    assert!(text(&output).contains("other"), "{}", text(&output));
+    let out = ["--only", "veth", "--parts", "ping", "--other", "/bin/false", "--without", "other"];
+    let (output, _) = bench(&out);
+    assert!(output.status.success(), "{}", text(&output));
+}
+
 fn descendants(root: u32) -> Vec<u32> {
     let mut family = vec![root];
     let mut index = 0;

@@ -78,7 +78,7 @@ impl Contestant {
             Self::Null | Self::Margay | Self::MargayRing | Self::Other => Some("mesh-datapath"),
             Self::WireguardGo => Some("wireguard-go"),
             Self::Boringtun => Some("boringtun-cli"),
-            Self::Gotatun => Some("gotatun-cli"),
+            Self::Gotatun => Some("gotatun"),
         }
     }
 
@@ -94,7 +94,7 @@ impl Contestant {
         if !program.is_file() {
             bail!("{}: {} is not there: run .ci/peers bench", self.name(), program.display());
         }
-        let mut argv = vec!["env".to_owned(), "LOG_LEVEL=error".to_owned()];
+        let mut argv = ["env", "LOG_LEVEL=error", "WG_LOG_LEVEL=error"].map(str::to_owned).to_vec();
         match self {
             Self::Null => argv.push("MARGAY_NULL_CRYPTO=1".into()),
             Self::MargayRing => argv.push("MARGAY_CRYPTO=ring".into()),
@@ -122,8 +122,9 @@ impl Contestant {
         }
         let output = Command::new(program).arg("--version").output().with_context(|| program.clone())?;
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
-        let first = text.lines().next().unwrap_or_default();
-        Ok(first.trim_start_matches(self.program().unwrap_or_default()).trim().to_owned())
+        // `NAME VERSION`, whatever it calls itself.
+        let version = text.lines().next().and_then(|line| line.split_whitespace().last());
+        version.map(str::to_owned).with_context(|| format!("{program} --version says {text:?}"))
     }
 }
 

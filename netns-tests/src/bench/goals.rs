@@ -10,6 +10,9 @@ use crate::bench::tcp::Streams;
 /// Offered rate at which loss and CPU per packet are judged, in thousands a second.
 pub const JUDGED_KPPS: u32 = 100;
 
+/// What a look-up may cost with 10,000 prefixes to be called flat: a table that large is not in the fastest cache.
+const FLAT: f64 = 3.0;
+
 /// A goal and what was found.
 #[derive(Debug, Clone, Serialize)]
 pub struct Goal {
@@ -77,6 +80,17 @@ pub fn judge(record: &Record) -> Vec<Goal> {
         ("peers_1000_handshakes_answered_s", "1,000 peers, cold handshakes begun by them", 10.0, "s"),
     ] {
         add(name.into(), false, goal, unit, record.summary(metric, ours));
+    }
+    let [one, most] = [1, 10_000].map(|prefixes| format!("allowed_ips_{prefixes}_lookup_ns"));
+    if let Some((one, most)) = record.summary(&one, ours).zip(record.summary(&most, ours)) {
+        goals.push(Goal {
+            what: "look-up with 10,000 prefixes, caches cold".into(),
+            goal: FLAT,
+            at_least: false,
+            got: most.median / one.median,
+            spread: None,
+            unit: "× that with one",
+        });
     }
     goals.extend(lowest_p99(record, ours));
     goals
