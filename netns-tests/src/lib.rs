@@ -25,6 +25,7 @@ pub mod conformance;
 pub mod control;
 pub mod demo;
 pub mod enter;
+pub mod guest;
 pub mod holder;
 pub mod host;
 pub mod lab;
