@@ -3,8 +3,8 @@
 //! Taken away is what bears our mark: routes by protocol number and table, rules by priority and protocol
 //! number, addresses of our devices, peers and keys of the WireGuard devices, the nftables table, BPF
 //! programs and pins, changed sysctls, sockets, the announcement. Pods' interfaces go only when asked, since
-//! their pods may still run. A tunnel device is mesh-datapath's while that runs; the persistent one that a
-//! stopped datapath left is taken away.
+//! their pods may still run. A kernel WireGuard device of ours goes; a TUN is mesh-datapath's while that runs, and the
+//! persistent one that a stopped datapath left is taken away.
 
 use std::io;
 use std::path::{Path, PathBuf};

@@ -26,6 +26,19 @@ pub enum LogFormat {
     Json,
 }
 
+/// Who carries the node's packets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum DatapathChoice {
+    /// The kernel where it has WireGuard, else userspace.
+    #[default]
+    Auto,
+    /// WireGuard in the kernel.
+    Kernel,
+    /// mesh-datapath.
+    Userspace,
+}
+
 /// `/etc/margay/agent.yaml`. Every field may be left out; unknown ones are refused.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -39,6 +52,9 @@ pub struct AgentConfig {
     /// Where keys, the IPAM journal and the memory of admitted nodes are kept.
     #[serde(default = "state_dir")]
     pub state_dir: PathBuf,
+    /// What carries packets: WireGuard in the kernel, or mesh-datapath in user space; `auto` takes the kernel's where it has one.
+    #[serde(default)]
+    pub datapath: DatapathChoice,
     /// Where the sockets are.
     #[serde(default = "run_dir")]
     pub run_dir: PathBuf,
@@ -202,11 +218,11 @@ mod tests {
     fn every_field_is_read() {
         let config = parse(
             "nodeName: n1\nmanifests: /m\nstateDir: /s\nrunDir: /r\nmetricsAddress: '[::1]:1'\n\
-             logFormat: json\npodCIDRs: [10.1.0.0/24, 'fd00:1::/64']\nendpoints: ['192.0.2.1:51820']\n",
+             logFormat: json\ndatapath: kernel\npodCIDRs: [10.1.0.0/24, 'fd00:1::/64']\nendpoints: ['192.0.2.1:51820']\n",
         )
         .unwrap();
         assert_eq!(config.node_name, "n1");
-        assert_eq!(config.log_format, LogFormat::Json);
+        assert_eq!((config.log_format, config.datapath), (LogFormat::Json, DatapathChoice::Kernel));
         assert_eq!(config.pod_cidrs.len(), 2);
         assert_eq!(config.endpoints, vec!["192.0.2.1:51820".parse().unwrap()]);
     }
@@ -222,6 +238,7 @@ mod tests {
             ("podCIDRs: [10.0.0.0/24, 10.0.1.0/24]\n", "second prefix of its family"),
             ("endpoints: ['0.0.0.0:1']\n", "agent.yaml: endpoints: nobody can reach"),
             ("logFormat: xml\n", "agent.yaml:1:"),
+            ("datapath: ebpf\n", "agent.yaml:1:"),
             ("nodeName: [\n", "agent.yaml:"),
             ("- a\n", "agent.yaml:1:"),
         ] {

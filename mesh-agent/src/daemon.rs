@@ -18,7 +18,6 @@ use keyservice::admission::IncumbentsProblem;
 use keyservice::{Incumbents, PrivateKey, keyfile};
 use mesh_api::defaults;
 use mesh_api::status::Issue;
-use mesh_uapi::client::SOCKET_DIR;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
@@ -27,7 +26,8 @@ use tracing::{error, info, warn};
 
 use crate::api::{self, Api};
 use crate::cni;
-use crate::config::AgentConfig;
+use crate::config::{AgentConfig, DatapathChoice};
+use crate::desired::Datapath;
 use crate::metrics::Metrics;
 use crate::observe::Observer;
 use crate::planner::{self, Planner};
@@ -35,16 +35,16 @@ use crate::reconcile::netlink::Netlink;
 use crate::reconcile::policy::events::{self, DenyLog};
 use crate::reconcile::policy::{Engine, PolicyReconciler};
 use crate::reconcile::{
-    Reconciler, Stage, addresses::AddressReconciler, links::LinkReconciler, masquerade::MasqueradeReconciler,
-    neighbours::NeighbourReconciler, routes::RouteReconciler, rules::RuleReconciler,
-    sysctls::SysctlReconciler, wireguard::WireguardReconciler,
+    Reconciler, Stage, addresses::AddressReconciler, links::LeftoverReconciler, links::LinkReconciler,
+    masquerade::MasqueradeReconciler, neighbours::NeighbourReconciler, routes::RouteReconciler,
+    rules::RuleReconciler, sysctls::SysctlReconciler, wireguard::WireguardReconciler,
 };
 use crate::runner::Runner;
 use crate::source::directory::DirectorySource;
 use crate::state::StateDir;
 use crate::status::Board;
 use crate::store::Store;
-use crate::wireguard::{KeyRing, UserspaceDatapaths};
+use crate::wireguard::{Kernel, KeyRing, Live, NodeDatapaths};
 use crate::{kernel_events, learned, notify};
 
 /// Name of what the node knows of itself, as a source.
@@ -56,16 +56,18 @@ const FINISH_WITHIN: Duration = Duration::from_secs(10);
 
 /// The reconcilers of the kernel's and the datapath's state; policy's comes beside them.
 pub fn reconcilers(netlink: &Netlink, state: &StateDir, keys: KeyRing) -> Vec<Box<dyn Reconciler>> {
-    let datapaths = Box::new(UserspaceDatapaths::new(SOCKET_DIR));
+    let datapaths = Box::new(NodeDatapaths::new(netlink.clone()));
+    let live = Live::default();
     vec![
         Box::new(SysctlReconciler::new("/proc/sys", state.sysctls())),
-        Box::new(LinkReconciler::new(netlink.clone())),
+        Box::new(LinkReconciler::new(netlink.clone()).with_live(live.clone())),
         Box::new(AddressReconciler::new(netlink.clone())),
         Box::new(NeighbourReconciler::new(netlink.clone())),
-        Box::new(WireguardReconciler::new(datapaths, keys)),
+        Box::new(WireguardReconciler::new(datapaths, keys).with_live(live)),
         Box::new(RouteReconciler::new(netlink.clone())),
         Box::new(RuleReconciler::new(netlink.clone())),
         Box::new(MasqueradeReconciler::new()),
+        Box::new(LeftoverReconciler::new(netlink.clone())),
     ]
 }
 
@@ -89,6 +91,8 @@ pub async fn run(config: AgentConfig) -> Result<()> {
     api::prepare_run_dir(&config.run_dir)?;
     let store = Store::new(&[DIRECTORY, LOCAL, cni::SOURCE]);
     tell_of_self(&store, &config, &key, incumbents);
+    let datapath = choose_datapath(config.datapath);
+    store.update_local(|local| local.datapath = datapath);
     remember_endpoints(&store, &state.learned());
     // A socket for each of those that dump at the same time: one socket has one dump.
     let connect = || Netlink::connect().context("rtnetlink");
@@ -110,7 +114,7 @@ pub async fn run(config: AgentConfig) -> Result<()> {
     let wake = Arc::new(Notify::new());
     let observer = Observer::new(
         connect()?,
-        Box::<UserspaceDatapaths>::default(),
+        Box::new(NodeDatapaths::new(netlink.clone())),
         board.clone(),
         store.clone(),
         state.learned(),
@@ -194,6 +198,25 @@ fn tell_of_self(store: &Store, config: &AgentConfig, key: &PrivateKey, incumbent
         local.endpoints = config.endpoints.clone();
     });
     store.source_synced(LOCAL, 1);
+}
+
+/// The kernel's WireGuard, where it is to be found or asked for.
+fn choose_datapath(choice: DatapathChoice) -> Datapath {
+    let chosen = match choice {
+        DatapathChoice::Userspace => Datapath::Userspace,
+        // If it has none, that is an error of the links, which says so.
+        DatapathChoice::Kernel => Datapath::Kernel,
+        DatapathChoice::Auto => match Kernel::new().has_wireguard() {
+            Ok(true) => Datapath::Kernel,
+            Ok(false) => Datapath::Userspace,
+            Err(error) => {
+                warn!("whether the kernel has WireGuard cannot be told, so userspace it is: {error}");
+                Datapath::Userspace
+            }
+        },
+    };
+    info!(datapath = ?chosen, choice = ?choice, "who carries packets");
+    chosen
 }
 
 /// Where peers were last heard is a hint: without it, or with a damaged one, the agent starts all the same.

@@ -23,8 +23,10 @@ pub struct Desired {
     pub withhold: BTreeSet<String>,
     /// Prefixes IPAM hands addresses out from: those the admission left this node.
     pub pod_cidrs: Vec<IpNet>,
-    /// Links to be up with this MTU, by name. Links are made by others (datapath, CNI).
+    /// Links to be up with this MTU, by name. Pods' are made by CNI, WireGuard devices as `datapath` says.
     pub links: BTreeMap<String, Link>,
+    /// What the WireGuard devices among the links are.
+    pub datapath: Datapath,
     /// Addresses by link name: exactly these on our own devices.
     pub addresses: BTreeMap<String, BTreeSet<IpNet>>,
     /// Permanent neighbours of our pods: (link, address) to MAC.
@@ -41,6 +43,16 @@ pub struct Desired {
     pub masquerade: Option<Masquerade>,
     /// What policy is to be enforced and where.
     pub policy: Policy,
+}
+
+/// Who carries the packets of a WireGuard device, and so who makes its link.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Datapath {
+    /// mesh-datapath, or another program that makes a TUN and answers on its UAPI socket.
+    #[default]
+    Userspace,
+    /// The kernel; the agent makes the link.
+    Kernel,
 }
 
 /// A link's attributes that are ours to set.

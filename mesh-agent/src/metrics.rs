@@ -193,7 +193,9 @@ mod tests {
         let seen = DeviceSeen { device: Some(device), stats: Some(stats), ..DeviceSeen::default() };
         let health = Health { heals: 4, silent: None };
         let healths = [(("margay0".to_owned(), PublicKey::from_bytes([2; 32])), health)].into();
-        board.set_devices([("margay0".to_owned(), seen)].into(), Default::default(), healths);
+        let kernel = DeviceSeen { kernel: Some("6.12.1".to_owned()), ..DeviceSeen::default() };
+        let devices = [("margay0".to_owned(), seen), ("margay1".to_owned(), kernel)].into();
+        board.set_devices(devices, Default::default(), healths);
         let text = text(&board.observed(), &Counted::default()).unwrap();
         let key = PublicKey::from_bytes([2; 32]).to_string();
         let labels = format!(
@@ -209,6 +211,7 @@ mod tests {
             format!("margay_peer_drops_total{{iface=\"margay0\",peer=\"\",peer_key=\"{key}\",reason=\"replayed\"}} 2"),
             "margay_datapath_drops_total{iface=\"margay0\",reason=\"bad_mac\"} 0".to_owned(),
             "margay_datapath_info{iface=\"margay0\",version=\"1\",core=\"mesh-noise\",crypto=\"ring\"} 1".to_owned(),
+            "margay_datapath_info{iface=\"margay1\",version=\"6.12.1\",core=\"kernel\",crypto=\"\"} 1".to_owned(),
             "margay_datapath_offload{iface=\"margay0\",offload=\"udp_gso\",state=\"on\"} 1".to_owned(),
             "margay_datapath_offload{iface=\"margay0\",offload=\"tun_uso\",state=\"refused: Invalid argument (os error 22)\"} 0"
                 .to_owned(),

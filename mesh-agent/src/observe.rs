@@ -20,7 +20,7 @@ use crate::heal::{Healer, Health};
 use crate::learned::{self, Learned};
 use crate::own;
 use crate::reconcile::ReconcileError;
-use crate::reconcile::netlink::{Links, Netlink};
+use crate::reconcile::netlink::{Links, Netlink, WIREGUARD};
 use crate::status::{Board, DeviceSeen, Healths, PeerTracker};
 use crate::store::Store;
 use crate::wireguard::Datapaths;
@@ -42,6 +42,8 @@ pub struct Observer {
     board: Board,
     store: Store,
     said: Option<String>,
+    /// Of this kernel.
+    release: String,
 }
 
 /// The file of learned endpoints, and what is in it.
@@ -64,7 +66,9 @@ impl Observer {
         let written = store.current().local.learned_endpoints.clone();
         let memory = Memory { path: learned, written, next: Instant::now() };
         let (tracker, healer) = (PeerTracker::default(), Healer::default());
-        Self { netlink, datapaths, tracker, healer, memory, board, store, said: None }
+        let release =
+            std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned();
+        Self { netlink, datapaths, tracker, healer, memory, board, store, said: None, release }
     }
 
     /// Looks for ever; `appeared` is told when a device comes back, so that nobody waits for a timer.
@@ -124,7 +128,8 @@ impl Observer {
             }
             let link = links.get(&name);
             let (up, mtu) = (link.map(|link| link.up), link.map_or(0, |link| link.mtu));
-            let seen = DeviceSeen { up, mtu, device, stats };
+            let kernel = link.filter(|link| link.kind == WIREGUARD).map(|_| self.release.clone());
+            let seen = DeviceSeen { up, mtu, device, stats, kernel };
             devices.insert(name, seen);
         }
         let answering = devices.values().filter(|seen| seen.up.is_some() && seen.device.is_some()).count();

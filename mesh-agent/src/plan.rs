@@ -81,6 +81,7 @@ pub fn plan(snapshot: &Snapshot) -> Planned {
         // Without our key every peer looks superfluous.
         prune: snapshot.synced && snapshot.local.public_key.is_some(),
         pod_cidrs: members.own.pod_cidrs.clone(),
+        datapath: snapshot.local.datapath,
         ..Desired::default()
     };
     host::links(snapshot, &members.own, &mut desired);

@@ -29,7 +29,7 @@ pub enum Stage {
     Sysctls,
     /// Programs attached, maps filled: before routes open.
     Policy,
-    /// MTU and up.
+    /// Kernel WireGuard devices, MTU and up.
     Links,
     /// Addresses and permanent neighbours.
     Addresses,
@@ -41,6 +41,8 @@ pub enum Stage {
     Rules,
     /// nftables.
     Masquerade,
+    /// Links of ours that nothing leads to any more.
+    Leftovers,
 }
 
 /// What a pass did.

@@ -1,7 +1,7 @@
 //! Runs the reconcilers, one after the other in the order of their stages: on a new plan, on a kernel
 //! event, on a timer, and sooner while something is wrong.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -48,10 +48,10 @@ pub enum Cause {
 pub struct Runner {
     rows: Vec<Row>,
     board: Board,
-    /// Links whose policy is in place. A route to any other that policy names is withheld.
-    policed: BTreeSet<String>,
-    /// Whether there is a link of this name.
-    exists: fn(&str) -> bool,
+    /// Links whose policy is in place, with their interface indices. A route to any other that policy names is withheld.
+    policed: BTreeMap<String, u32>,
+    /// Interface index of the link of this name, if there is one.
+    index: fn(&str) -> Option<u32>,
 }
 
 impl Runner {
@@ -59,8 +59,8 @@ impl Runner {
     pub fn new(mut reconcilers: Vec<Box<dyn Reconciler>>, board: Board) -> Self {
         reconcilers.sort_by_key(|reconciler| reconciler.stage());
         let row = |reconciler| Row { reconciler, failures: 0, retry: None, said: None };
-        let exists = |name: &str| nix::net::if_::if_nametoindex(name).is_ok();
-        Self { rows: reconcilers.into_iter().map(row).collect(), board, policed: BTreeSet::new(), exists }
+        let index = |name: &str| nix::net::if_::if_nametoindex(name).ok();
+        Self { rows: reconcilers.into_iter().map(row).collect(), board, policed: BTreeMap::new(), index }
     }
 
     /// Runs until the plans end.
@@ -93,13 +93,18 @@ impl Runner {
         let mut desired = desired.clone();
         let named: BTreeSet<String> =
             desired.policy.endpoints.keys().chain(&desired.policy.tunnels).cloned().collect();
-        // A link that is gone has to show its policy anew when it is back.
-        let present: BTreeSet<String> = named.iter().filter(|link| (self.exists)(link)).cloned().collect();
-        self.policed.retain(|link| present.contains(link));
+        // Policy is a link's, not its name's: one that is gone, or replaced, has to show it anew.
+        let index = self.index;
+        let present: BTreeMap<String, u32> =
+            named.iter().filter_map(|link| Some((link.clone(), index(link)?))).collect();
+        self.policed.retain(|link, at| present.get(link) == Some(at));
         let mut operations = 0;
         for row in &mut self.rows {
             if row.reconciler.stage() > Stage::Policy {
-                desired.withhold = &named - &self.policed;
+                // Links are made and replaced in the pass itself, after policy's turn.
+                let policed =
+                    |link: &String| index(link).is_some_and(|at| self.policed.get(link) == Some(&at));
+                desired.withhold = named.iter().filter(|link| !policed(link)).cloned().collect();
             }
             if cause == Cause::Timer && row.retry.is_some_and(|retry| Instant::now() < retry) {
                 continue;
@@ -160,24 +165,24 @@ fn backoff(failures: u32) -> Duration {
 /// Which of the `present` links have their policy after this outcome. An error that names a link is that
 /// link's alone; any other proves nothing new, and what was in place still is.
 fn judge(
-    policed: &mut BTreeSet<String>,
-    present: &BTreeSet<String>,
+    policed: &mut BTreeMap<String, u32>,
+    present: &BTreeMap<String, u32>,
     outcome: &Result<Report, ReconcileError>,
 ) {
     let Ok(report) = outcome else { return };
     let mut failed = BTreeSet::new();
     let mut of_all = false;
     for error in &report.errors {
-        let named = present.iter().find(|link| error.object.split_whitespace().any(|word| word == *link));
+        let named = present.keys().find(|link| error.object.split_whitespace().any(|word| word == *link));
         match named {
             Some(link) => drop(failed.insert(link.clone())),
             None => of_all = true,
         }
     }
     if !of_all {
-        policed.extend(present.iter().cloned());
+        policed.extend(present.iter().map(|(link, at)| (link.clone(), *at)));
     }
-    policed.retain(|link| !failed.contains(link));
+    policed.retain(|link, _| !failed.contains(link));
 }
 
 #[cfg(test)]

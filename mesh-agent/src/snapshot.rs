@@ -122,6 +122,8 @@ pub struct Local {
     pub node_name: String,
     /// This node's public key.
     pub public_key: Option<PublicKey>,
+    /// Who carries its packets.
+    pub datapath: crate::desired::Datapath,
     /// Whom it has admitted before.
     pub incumbents: Incumbents,
     /// Where peers were last heard from, learned by the datapath: a hint, by key.

@@ -21,6 +21,9 @@ use crate::reconcile::{ReconcileError, Report};
 use crate::snapshot::Snapshot;
 pub use peer::PeerTracker;
 
+/// Kind and core of a device whose packets the kernel carries.
+pub const KERNEL: &str = "kernel";
+
 /// Peers that were or are in trouble, by device and key.
 pub type Healths = BTreeMap<(String, PublicKey), Health>;
 
@@ -35,6 +38,8 @@ pub struct DeviceSeen {
     pub device: Option<Device>,
     /// The datapath's counters; `None` from an implementation that has none.
     pub stats: Option<Stats>,
+    /// Release of the kernel that carries its packets; `None` for a device in user space.
+    pub kernel: Option<String>,
 }
 
 /// The last pass of a reconciler, successful or not.
@@ -270,10 +275,13 @@ fn device(name: &str, seen: &DeviceSeen, public_key: Option<String>, wanted_port
         (Some(true), Some(_)) => "up",
         (Some(false), Some(_)) => "down",
     };
-    let stats = seen.stats.clone().unwrap_or_default();
+    let mut stats = seen.stats.clone().unwrap_or_default();
+    if let Some(release) = &seen.kernel {
+        (stats.version, stats.core) = (release.clone(), KERNEL.to_owned());
+    }
     DeviceStatus {
         name: name.to_owned(),
-        kind: "userspace".to_owned(),
+        kind: if seen.kernel.is_some() { KERNEL } else { "userspace" }.to_owned(),
         state: state.to_owned(),
         public_key,
         listen_port: seen.device.as_ref().map_or(wanted_port, |device| device.listen_port),

@@ -1,17 +1,24 @@
 //! WireGuard devices as the agent drives them: one trait, several implementations.
 //!
-//! `userspace` talks to mesh-datapath (or any other program with WireGuard's UAPI), `memory` is a device
-//! that carries no packet. One conformance suite (tests/datapath_conformance.rs) runs over all of them.
+//! `kernel` is WireGuard in the kernel, `userspace` talks to mesh-datapath (or any other program with WireGuard's UAPI),
+//! `node` takes whichever a link is, and `memory` is a device that carries no packet. One conformance suite
+//! (tests/datapath_conformance.rs) runs over all of them.
 
 use futures::future::BoxFuture;
 use mesh_uapi::{Device, Op};
 
+pub mod kernel;
 mod keyring;
+mod live;
 pub mod memory;
+pub mod node;
 pub mod userspace;
 
+pub use kernel::{Kernel, KernelDatapath};
 pub use keyring::KeyRing;
+pub use live::Live;
 pub use memory::MemoryDatapath;
+pub use node::NodeDatapaths;
 pub use userspace::{UserspaceDatapath, UserspaceDatapaths};
 
 /// A request to a device that failed.

@@ -1,12 +1,13 @@
 //! A client of the agent's sockets: enough HTTP/1.1 for `GET` and `POST` of JSON over a Unix socket.
 
 use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use mesh_api::defaults::{CONTROL_SOCKET, RUN_DIR, STATUS_SOCKET};
+use mesh_api::defaults::{CONTROL_SOCKET, METRICS_ADDRESS, RUN_DIR, STATUS_SOCKET};
 use mesh_api::status::{DenyEvent, PolicyStatus, Status, Synced};
 use serde::de::DeserializeOwned;
 
@@ -24,6 +25,19 @@ impl Agent {
     /// The agent that runs on this host.
     pub fn of(host: &Host) -> Self {
         Self { run: host.path(RUN_DIR), name: host.name().into() }
+    }
+
+    /// The agent of the host this runs on.
+    pub fn here() -> Self {
+        Self { run: RUN_DIR.into(), name: "this host".into() }
+    }
+
+    /// The metrics of the agent in this network namespace.
+    pub fn metrics() -> Result<String> {
+        let mut stream = TcpStream::connect(METRICS_ADDRESS).context("connect to the metrics")?;
+        stream.set_read_timeout(Some(Duration::from_secs(20))).context("set time-out")?;
+        let body = exchange(&mut stream, "GET", "/metrics")?;
+        Ok(String::from_utf8_lossy(&body).into_owned())
     }
 
     /// `/v1/status`.
@@ -88,6 +102,10 @@ impl Agent {
 fn request(socket: &Path, method: &str, path: &str) -> Result<Vec<u8>> {
     let mut stream = UnixStream::connect(socket).with_context(|| format!("connect {}", socket.display()))?;
     stream.set_read_timeout(Some(Duration::from_secs(20))).context("set time-out")?;
+    exchange(&mut stream, method, path)
+}
+
+fn exchange(stream: &mut (impl Read + Write), method: &str, path: &str) -> Result<Vec<u8>> {
     write!(
         stream,
         "{method} {path} HTTP/1.1\r\nHost: margay\r\nConnection: close\r\nContent-Length: 0\r\nAccept: application/json\r\n\r\n"

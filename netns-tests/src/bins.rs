@@ -47,10 +47,14 @@ impl Bins {
     }
 }
 
+/// Where heavy artefacts are kept between runs (`MARGAY_CACHE`).
+pub fn cache() -> PathBuf {
+    std::env::var_os("MARGAY_CACHE").map(PathBuf::from).unwrap_or_else(|| {
+        PathBuf::from(std::env::var_os("HOME").unwrap_or_else(|| "/root".into())).join(".cache/margay")
+    })
+}
+
 /// Where tools built from other projects for interop tests are kept (`.ci/peers`).
 pub fn peers_dir() -> PathBuf {
-    let cache = std::env::var_os("MARGAY_CACHE").map(PathBuf::from).unwrap_or_else(|| {
-        PathBuf::from(std::env::var_os("HOME").unwrap_or_else(|| "/root".into())).join(".cache/margay")
-    });
-    cache.join("bin")
+    cache().join("bin")
 }

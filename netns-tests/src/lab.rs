@@ -80,7 +80,9 @@ impl Lab {
 
     /// Gives all hosts their addresses and routes.
     pub fn address(&mut self) -> Result<()> {
-        for name in self.host_names() {
+        let mut names = self.host_names();
+        names.retain(|name| !self.is_guest(name));
+        for name in names {
             self.address_host(&name)?;
         }
         Ok(())
@@ -131,12 +133,18 @@ impl Lab {
             crate::mounts::copy_tree(directory, &host.path(&format!("{MANIFESTS}/extra")))?;
         }
         self.carrier.add(host);
+        if self.is_guest(name) {
+            return Ok(());
+        }
         self.start_datapath(name)?;
         self.start_agent(name)
     }
 
     /// Starts the datapath's unit, with the arguments of `manifests/systemd/mesh-datapath@.service`.
     pub fn start_datapath(&self, node: &str) -> Result<()> {
+        if self.spec.nodes.iter().any(|of| of.name == node && of.datapath == spec::Datapath::WireguardGo) {
+            return self.host(node)?.start_unit("wireguard-go", &["wireguard-go", "-f", DEVICE]);
+        }
         let datapath = self.bins.program("mesh-datapath")?;
         let argv = [&datapath.to_string_lossy(), "--foreground", "--supervise", "--persist", DEVICE];
         self.host(node)?.start_unit("mesh-datapath", &argv)
@@ -150,8 +158,8 @@ impl Lab {
 
     /// Waits until every agent knows every other node and has carried out everything.
     pub fn settle(&self, limit: Duration) -> Result<()> {
-        for name in self.node_names() {
-            self.settle_node(&name, limit)?;
+        for name in self.node_names().iter().filter(|name| !self.is_guest(name)) {
+            self.settle_node(name, limit)?;
         }
         Ok(())
     }
@@ -224,7 +232,7 @@ impl Lab {
     pub fn enforced(&self) -> Result<()> {
         let mut synced: Vec<(Agent, Synced)> = Vec::new();
         for name in self.node_names() {
-            if self.hosts.contains_key(&name) {
+            if self.hosts.contains_key(&name) && !self.is_guest(&name) {
                 let agent = self.agent(&name)?;
                 let at = agent.sync().with_context(|| self.logs(&name))?;
                 synced.push((agent, at));
@@ -326,6 +334,10 @@ impl Lab {
         self.spec.nodes.iter().map(|node| node.name.clone()).collect()
     }
 
+    fn is_guest(&self, name: &str) -> bool {
+        self.spec.nodes.iter().any(|node| node.name == name && node.datapath == spec::Datapath::Guest)
+    }
+
     fn host_names(&self) -> Vec<String> {
         let externals = self.spec.externals.iter().map(|external| external.name.clone());
         self.node_names().into_iter().chain(externals).collect()
@@ -342,7 +354,7 @@ impl Lab {
     }
 
     /// What a host finds on the wire besides itself.
-    fn underlay_ips_but(&self, name: &str) -> Vec<IpAddr> {
+    pub fn underlay_ips_but(&self, name: &str) -> Vec<IpAddr> {
         let mut ips = Vec::new();
         for other in self.host_names().iter().filter(|other| *other != name) {
             match self.spec.underlay.nat.iter().find(|nat| nat.host == *other) {

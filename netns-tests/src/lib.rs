@@ -27,6 +27,7 @@ pub mod control;
 pub mod demo;
 pub mod enter;
 pub mod flow;
+pub mod guest;
 pub mod holder;
 pub mod host;
 pub mod lab;

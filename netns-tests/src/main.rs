@@ -9,7 +9,7 @@ use clap::{Parser, Subcommand};
 use netns_tests::bins::Bins;
 use netns_tests::conformance::{case, report, run};
 use netns_tests::lab::Lab;
-use netns_tests::{bench, control, demo, enter, holder, say, spec};
+use netns_tests::{bench, control, demo, enter, guest, holder, say, spec};
 
 /// Hosts and pods as network namespaces around the real mesh-agent, mesh-datapath and mesh-cni.
 ///
@@ -119,6 +119,82 @@ enum Verb {
     },
     #[command(hide = true)]
     Keep { file: PathBuf },
+    /// The first process of a virtual machine
+    #[command(hide = true)]
+    Guest { name: String },
+    /// What a virtual machine's share in a test is done with
+    #[command(hide = true, subcommand)]
+    Here(Here),
+}
+
+/// Everything in the network namespace it is called in.
+#[derive(Subcommand)]
+enum Here {
+    /// Waits until this host's agent has carried out what its sources say now
+    Enforced,
+    /// The agent's metrics
+    Metrics,
+    /// Answers probes until it is killed
+    Listen {
+        #[arg(long)]
+        name: String,
+        #[arg(long)]
+        port: u16,
+        #[arg(required = true)]
+        addresses: Vec<std::net::IpAddr>,
+    },
+    /// Sends back what comes over TCP until it is killed
+    Echo { at: std::net::SocketAddr },
+    /// One probe, tried for some seconds
+    Probe {
+        #[arg(long)]
+        listener: String,
+        #[arg(long)]
+        udp: bool,
+        from: std::net::IpAddr,
+        to: std::net::SocketAddr,
+    },
+}
+
+fn here(verb: Here) -> Result<ExitCode> {
+    use netns_tests::agent::Agent;
+    use netns_tests::netns::Netns;
+    use netns_tests::probe::{self, Outcome, Probe};
+    use netns_tests::spec::Protocol;
+    let netns = Netns::open(std::path::Path::new("/proc/self/ns/net"))?;
+    match verb {
+        Here::Enforced => Agent::here().enforced(netns_tests::guest::PATIENCE)?,
+        Here::Metrics => say!("{}", Agent::metrics()?),
+        Here::Listen { name, port, addresses } => {
+            let server = probe::server::Server::start()?;
+            for address in addresses {
+                for protocol in [Protocol::Tcp, Protocol::Udp] {
+                    server.listen(&netns, &name, &name, address, port, protocol)?;
+                }
+            }
+            loop {
+                std::thread::park();
+            }
+        }
+        Here::Echo { at } => {
+            let listener = std::net::TcpListener::bind(at).with_context(|| format!("listen at {at}"))?;
+            for stream in listener.incoming() {
+                let mut stream = stream.context("accept")?;
+                std::thread::spawn(move || {
+                    let mut back = stream.try_clone()?;
+                    std::io::copy(&mut stream, &mut back)
+                });
+            }
+        }
+        Here::Probe { listener, udp, from, to } => {
+            let protocol = if udp { Protocol::Udp } else { Protocol::Tcp };
+            let probe = Probe { from: netns, src: from, dst: to.ip(), port: to.port(), protocol, listener };
+            let outcome = probe.persist(probe::PATIENCE);
+            say!("{outcome}");
+            return Ok(if outcome == Outcome::Allowed { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        }
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 fn main() -> ExitCode {
@@ -134,6 +210,8 @@ fn main() -> ExitCode {
 fn act(verb: Verb) -> Result<ExitCode> {
     match verb {
         Verb::Holder { name } => holder::main(&name)?,
+        Verb::Guest { name } => guest::init::main(&name)?,
+        Verb::Here(verb) => return here(verb),
         Verb::Enter { holder, pod, command } => return code(enter::main(holder, pod.as_deref(), &command)?),
         Verb::Up { file } => {
             let lab = spec::Lab::read(&file)?;

@@ -57,6 +57,23 @@ pub struct Node {
     /// Labels.
     #[serde(default)]
     pub labels: BTreeMap<String, String>,
+    /// What carries its packets.
+    #[serde(default)]
+    pub datapath: Datapath,
+}
+
+/// What carries a node's packets.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Datapath {
+    /// Ours.
+    #[default]
+    MeshDatapath,
+    /// wireguard-go, driven by our agent.
+    WireguardGo,
+    /// Whatever a virtual machine has, which the test boots itself (see [`crate::guest`]): nothing of the mesh runs on
+    /// the lab's host of that name.
+    Guest,
 }
 
 /// A host that is no node.

@@ -65,10 +65,10 @@ pub struct DeviceStatus {
     pub listen_port: u16,
     /// Link MTU, bytes.
     pub mtu: u32,
-    /// Version of the userspace datapath; empty where there is none.
+    /// Version of the userspace datapath, or the kernel's release; empty when unknown.
     #[serde(default)]
     pub version: String,
-    /// Who does the protocol: `mesh-noise`; empty when unknown.
+    /// Who does the protocol: `mesh-noise`, `kernel`; empty when unknown.
     #[serde(default)]
     pub core: String,
     /// Who seals and opens packets: `ring`, `avx512`; empty when unknown.
@@ -162,7 +162,7 @@ pub struct SourceStatus {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ReconcilerStatus {
-    /// `links`, `addresses`, `routes`, `rules`, `sysctls`, `wireguard`, `masquerade`, `policy`.
+    /// `links`, `addresses`, `routes`, `rules`, `sysctls`, `wireguard`, `masquerade`, `policy`, `leftovers`.
     pub name: String,
     /// `pending`, `done` or `error`.
     pub state: String,

@@ -13,11 +13,12 @@ use mesh_datapath::handover::service::Service;
 use mesh_datapath::handover::socket::{self, Inheritance};
 use mesh_datapath::offload::{self, Offload};
 use mesh_datapath::process::kept::Kept;
+use mesh_datapath::process::standby::Standby;
 use mesh_datapath::process::supervisor::{self, Ready};
 use mesh_datapath::process::{daemon, notify, privileges, sandbox, signals};
 use mesh_datapath::server::{self, Server};
 use mesh_datapath::session::Cipher;
-use mesh_datapath::tun::{self, Tun};
+use mesh_datapath::tun::{self, Tun, TunError};
 use mesh_datapath::udp::Sockets;
 use mesh_noise::lanes;
 use tracing_subscriber::EnvFilter;
@@ -41,6 +42,9 @@ struct Arguments {
     /// Takes the device over from the process that drives it, with all sessions; starts it if there is none
     #[arg(long)]
     replace: bool,
+    /// While the interface is something else, such as kernel WireGuard, waits until it is gone
+    #[arg(long, requires = "foreground")]
+    standby: bool,
     /// The interface; made if there is none, taken over if its last owner is gone
     #[arg(value_name = "IFNAME")]
     interface: String,
@@ -105,7 +109,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         }
         None => {
             server::claim(&path)?;
-            let tun = Tun::open(name, offload.tun)?;
+            let Some(tun) = open_tun(arguments, offload.tun)? else { return Ok(ExitCode::SUCCESS) };
             Held { tun, server: Arc::new(Server::bind(&path)?), offload, kept }
         }
     };
@@ -121,6 +125,36 @@ fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     };
     // The first worker has the predecessor's sockets now; open here too, they would take packets nobody reads.
     supervisor::supervise(work, || drop(inheritance.take())).context("fork")
+}
+
+/// Attaches to the TUN; `None` when told to end while the interface was something else.
+fn open_tun(arguments: &Arguments, offload: bool) -> anyhow::Result<Option<Tun>> {
+    let name = &arguments.interface;
+    let mut standby: Option<Standby> = None;
+    loop {
+        match Tun::open(name, offload) {
+            Err(TunError::NotTun(_)) if arguments.standby => {}
+            outcome => return Ok(Some(outcome?)),
+        }
+        let Some(standby) = &mut standby else {
+            // Then looks once more: it may have gone before there was anyone to tell.
+            standby = Some(Standby::begin().context("link events")?);
+            tracing::info!("{name}: is no TUN device; standing by until it is gone");
+            tell_ready();
+            continue;
+        };
+        if !standby.wait().context("link events")? {
+            return Ok(None);
+        }
+    }
+}
+
+fn tell_ready() {
+    if let Some(socket) = std::env::var_os("NOTIFY_SOCKET")
+        && let Err(e) = notify::ready(&socket)
+    {
+        tracing::warn!("NOTIFY_SOCKET {}: {e}", socket.display());
+    }
 }
 
 /// All, unless the environment turns some off.
@@ -267,11 +301,7 @@ fn serve(
     if let Some(parent) = parent {
         parent.ready().context("parent")?;
     }
-    if let Some(socket) = std::env::var_os("NOTIFY_SOCKET")
-        && let Err(e) = notify::ready(&socket)
-    {
-        tracing::warn!("NOTIFY_SOCKET {}: {e}", socket.display());
-    }
+    tell_ready();
     // Last: letting go of the terminal opens a file.
     sandbox::enter()?;
     let exit = exits.recv().context("every thread is gone");

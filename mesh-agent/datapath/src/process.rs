@@ -7,4 +7,5 @@ pub mod privileges;
 pub mod sandbox;
 pub mod signals;
 pub(crate) mod sockopt;
+pub mod standby;
 pub mod supervisor;

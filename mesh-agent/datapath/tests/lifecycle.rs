@@ -248,3 +248,44 @@ fn systemd_is_told_when_the_socket_answers() {
         child.wait().unwrap();
     });
 }
+
+#[test]
+fn on_standby_it_waits_for_another_link_to_go_and_ends_when_told() {
+    in_world(|| {
+        Host::Left.run("ip", "link add wg-left type veth peer name other");
+        let listener = UnixDatagram::bind("/run/notify.sock").unwrap();
+        listener.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        let standby = |flags: &str| {
+            let mut command = Host::Left.command(ours());
+            command.args(flags.split_whitespace()).args(["-f", "--standby", "wg-left"]);
+            command.env("NOTIFY_SOCKET", "/run/notify.sock").stdin(Stdio::null());
+            #[allow(clippy::zombie_processes)] // Each ends below.
+            let child = command.spawn().unwrap();
+            // Told that it is ready, though there is nothing to do yet: its unit has started.
+            let mut buffer = [0; 64];
+            let n = listener.recv(&mut buffer).unwrap();
+            assert_eq!(&buffer[..n], b"READY=1");
+            assert!(!Path::new(SOCKET).exists());
+            child
+        };
+        let child = standby("");
+        signal(&child, Signal::SIGTERM);
+        assert!(ends_well(child));
+        for flags in ["", "--supervise"] {
+            let child = standby(flags);
+            // What other links do is none of its business.
+            Host::Left.run("ip", "link add other0 type veth peer name other1");
+            Host::Left.run("ip", "link del other0");
+            assert!(!Path::new(SOCKET).exists());
+            Host::Left.run("ip", "link del wg-left");
+            answers("wg-left");
+            assert!(Host::Left.run("ip", "-d link show wg-left").contains("tun type tun"));
+            signal(&child, Signal::SIGTERM);
+            assert!(ends_well(child));
+            let mut buffer = [0; 64];
+            let n = listener.recv(&mut buffer).unwrap();
+            assert_eq!(&buffer[..n], b"READY=1", "once more, when it serves");
+            Host::Left.run("ip", "link add wg-left type veth peer name other");
+        }
+    });
+}

@@ -10,7 +10,7 @@ use mesh_api::status::PeerState;
 use mesh_uapi::{Device, Offload, Peer, PeerStats};
 
 use super::{Labels, Page, count, tally};
-use crate::status::{DeviceSeen, Observed, sentence_of};
+use crate::status::{DeviceSeen, KERNEL, Observed, sentence_of};
 
 /// One peer of one device.
 struct Row<'a> {
@@ -126,7 +126,16 @@ pub(super) fn devices(page: &mut Page, seen: &Observed) {
         ];
         (labels, 1)
     });
-    page.gauges("margay_datapath_info", "What a device is made of", info);
+    let kernel = seen.devices.iter().filter_map(|(iface, seen)| {
+        let labels = vec![
+            ("iface", iface.clone()),
+            ("version", seen.kernel.clone()?),
+            ("core", KERNEL.to_owned()),
+            ("crypto", String::new()),
+        ];
+        Some((labels, 1))
+    });
+    page.gauges("margay_datapath_info", "What a device is made of", info.chain(kernel));
     let offloads = counted().flat_map(|(iface, stats)| {
         stats.offloads.iter().map(move |(name, state)| {
             let labels =

@@ -5,7 +5,7 @@ use std::io;
 use std::sync::Arc;
 
 use futures::stream::{Stream, TryStreamExt};
-use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
+use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
 use rtnetlink::Handle;
 use tokio::sync::Mutex;
 
@@ -20,7 +20,14 @@ pub struct LinkState {
     pub mtu: u32,
     /// Administratively up.
     pub up: bool,
+    /// `IFLA_INFO_KIND`: `wireguard`, `tun`, `veth` …; empty where there is none.
+    pub kind: String,
 }
+
+/// The kind of a link that is WireGuard in the kernel.
+pub const WIREGUARD: &str = "wireguard";
+/// The kind of a TUN device, which some process drives.
+pub const TUN: &str = "tun";
 
 /// Links by name.
 pub type Links = BTreeMap<String, LinkState>;
@@ -67,20 +74,38 @@ impl Netlink {
         let dump = self.dump("links", self.handle.link().get().execute()).await?;
         Ok(dump.iter().filter_map(parse_link).collect())
     }
+
+    /// One link; `None` where there is none of that name.
+    pub async fn link(&self, name: &str) -> Result<Option<LinkState>, ReconcileError> {
+        let request = self.handle.link().get().match_name(name).execute();
+        match request.try_collect::<Vec<_>>().await {
+            Ok(found) => Ok(found.iter().find_map(parse_link).map(|(_, link)| link)),
+            Err(error) if errno(&error) == Some(libc::ENODEV) => Ok(None),
+            Err(error) => Err(ReconcileError::new(format_args!("link {name}"), describe(&error))),
+        }
+    }
 }
 
 fn parse_link(message: &LinkMessage) -> Option<(String, LinkState)> {
     let mut name = None;
     let mut mtu = 0;
+    let mut kind = String::new();
     for attribute in &message.attributes {
         match attribute {
             LinkAttribute::IfName(value) => name = Some(value.clone()),
             LinkAttribute::Mtu(value) => mtu = *value,
+            LinkAttribute::LinkInfo(infos) => {
+                let found = infos.iter().find_map(|info| match info {
+                    LinkInfo::Kind(kind) => Some(kind.to_string()),
+                    _ => None,
+                });
+                kind = found.unwrap_or_default();
+            }
             _ => {}
         }
     }
     let up = message.header.flags.contains(LinkFlags::Up);
-    Some((name?, LinkState { index: message.header.index, mtu, up }))
+    Some((name?, LinkState { index: message.header.index, mtu, up, kind }))
 }
 
 /// The errno behind an error, positive, if the kernel sent one.

@@ -13,8 +13,8 @@ use keyservice::{PresharedKey, PublicKey};
 use mesh_uapi::{Device, Op, Peer, PeerUpdate};
 
 use super::{ReconcileError, Reconciler, Report, Stage};
-use crate::desired::{Desired, WireguardDevice, WireguardPeer};
-use crate::wireguard::{DatapathError, Datapaths, KeyRing};
+use crate::desired::{Datapath, Desired, WireguardDevice, WireguardPeer};
+use crate::wireguard::{DatapathError, Datapaths, KeyRing, Live};
 
 /// WireGuard's REJECT_AFTER_TIME (whitepaper section 6.1): an older session carries nothing.
 const REJECT_AFTER: Duration = Duration::from_secs(180);
@@ -120,6 +120,18 @@ pub fn retries(actual: &Device, desired: &WireguardDevice, tried: &BTreeMap<Publ
     due.map(retry).collect()
 }
 
+/// Has a new device begin a handshake with those who talked through the one before.
+fn initiate(ops: &mut [Op], actual: &Device, live: &BTreeSet<PublicKey>) {
+    for op in ops {
+        if let Op::SetPeer(key, update) = op
+            && live.contains(key)
+            && !actual.peers.contains_key(key)
+        {
+            update.initiate = update.endpoint.is_some();
+        }
+    }
+}
+
 fn writes_endpoint(peer: &Peer, wish: SocketAddr, written: Option<&SocketAddr>, now: SystemTime) -> bool {
     match written {
         _ if peer.endpoint == Some(wish) => false,
@@ -141,6 +153,16 @@ pub fn diff_unwanted(actual: &Device) -> Vec<Op> {
     ops
 }
 
+/// What counts for a device besides its wish.
+#[derive(Debug, Clone, Copy)]
+struct Context {
+    prune: bool,
+    /// Its policy is not in place.
+    withheld: bool,
+    /// mesh-datapath is to drive it.
+    userspace: bool,
+}
+
 /// Keeps [`Desired::wireguard`].
 pub struct WireguardReconciler {
     datapaths: Box<dyn Datapaths>,
@@ -148,26 +170,34 @@ pub struct WireguardReconciler {
     endpoints: BTreeMap<String, Endpoints>,
     /// The newest attempt to reach a peer that was carried out, by device.
     tried: BTreeMap<String, BTreeMap<PublicKey, u64>>,
+    live: Live,
 }
 
 impl WireguardReconciler {
     /// Over these devices, with the node's keys.
     pub fn new(datapaths: Box<dyn Datapaths>, keys: KeyRing) -> Self {
-        Self { datapaths, keys, endpoints: BTreeMap::new(), tried: BTreeMap::new() }
+        Self { datapaths, keys, endpoints: BTreeMap::new(), tried: BTreeMap::new(), live: Live::default() }
+    }
+
+    /// Begins handshakes at once with peers of a device that was replaced, which are noted there.
+    pub fn with_live(self, live: Live) -> Self {
+        Self { live, ..self }
     }
 
     async fn keep(
         &mut self,
         name: &str,
         wish: &WireguardDevice,
-        prune: bool,
+        Context { prune, withheld, userspace }: Context,
         report: &mut Report,
     ) -> Result<(), ReconcileError> {
         let datapath = self.datapaths.open(name);
         let failed = |error: DatapathError| {
             let hint = match &error {
-                DatapathError::Absent(_) => format!("; is mesh-datapath@{name} running?"),
-                DatapathError::Failed(_) => String::new(),
+                DatapathError::Absent(_) if userspace => {
+                    format!("; is mesh-datapath@{name} running?")
+                }
+                _ => String::new(),
             };
             ReconcileError::new(format_args!("device {name}"), format_args!("{error}{hint}"))
         };
@@ -176,17 +206,24 @@ impl WireguardReconciler {
             let message = format!("the private half of {} is not on this node", wish.public_key);
             return Err(ReconcileError::new(format_args!("device {name}"), message));
         }
+        if withheld && actual.public_key.is_none() {
+            // A new device. Without its policy it would let anything out of the tunnel.
+            let message = "gets its key when its policy is in place";
+            return Err(ReconcileError::new(format_args!("device {name}"), message));
+        }
         let endpoints = self.endpoints.entry(name.to_owned()).or_default();
         #[allow(clippy::disallowed_methods)] // The edge: diff takes it as a value.
         let now = SystemTime::now();
         let mut ops = diff(&actual, wish, prune, endpoints, &self.keys, now);
         let tried = self.tried.entry(name.to_owned()).or_default();
         ops.extend(retries(&actual, wish, tried));
+        initiate(&mut ops, &actual, &self.live.of(name));
         let count = ops.len() as u64;
         if count > 0 {
             datapath.apply(ops).await.map_err(failed)?;
             report.operations += count;
         }
+        self.live.forget(name);
         *tried = wish.peers.iter().map(|(key, peer)| (*key, peer.reach.attempt)).collect();
         *endpoints = wish.peers.iter().filter_map(|(key, peer)| peer.endpoint.map(|to| (*key, to))).collect();
         Ok(())
@@ -225,7 +262,12 @@ impl Reconciler for WireguardReconciler {
         Box::pin(async move {
             let mut report = Report::default();
             for (name, wish) in &desired.wireguard {
-                if let Err(error) = self.keep(name, wish, desired.prune, &mut report).await {
+                let context = Context {
+                    prune: desired.prune,
+                    withheld: desired.withhold.contains(name),
+                    userspace: desired.datapath == Datapath::Userspace,
+                };
+                if let Err(error) = self.keep(name, wish, context, &mut report).await {
                     report.errors.push(error);
                 }
             }

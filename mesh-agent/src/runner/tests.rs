@@ -1,6 +1,7 @@
 #![allow(clippy::unwrap_used)]
 
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use futures::future::BoxFuture;
 
@@ -103,7 +104,7 @@ async fn a_pods_routes_wait_for_its_policy_and_stay_when_policy_fails_later() {
     let reconcilers =
         vec![fake(&log, "policy", Stage::Policy, policy), fake(&log, "routes", Stage::Routes, done)];
     let mut runner = Runner::new(reconcilers, Board::new(&["policy", "routes"]));
-    runner.exists = |link| link != "absent";
+    runner.index = |link| (link != "absent").then_some(1);
 
     runner.pass(&with_pods(&["a", "b"]), Cause::Plan).await;
     assert_eq!(withheld(&log), ["a", "b"], "nothing opens while the engine fails");
@@ -117,6 +118,27 @@ async fn a_pods_routes_wait_for_its_policy_and_stay_when_policy_fails_later() {
     assert_eq!(withheld(&log), ["absent"], "who is not there cannot have a policy");
     runner.pass(&with_pods(&["a"]), Cause::Event).await;
     assert_eq!(withheld(&log), ["a"], "made anew, it has to show its policy anew");
+}
+
+#[tokio::test]
+async fn a_link_replaced_in_the_middle_of_a_pass_is_another_link() {
+    static INDEX: AtomicU32 = AtomicU32::new(1);
+    let log = Log::default();
+    let replace = || {
+        INDEX.store(2, Ordering::SeqCst);
+        done()
+    };
+    let reconcilers = vec![
+        fake(&log, "policy", Stage::Policy, done),
+        fake(&log, "links", Stage::Links, replace),
+        fake(&log, "routes", Stage::Routes, done),
+    ];
+    let mut runner = Runner::new(reconcilers, Board::new(&["policy", "links", "routes"]));
+    runner.index = |_| Some(INDEX.load(Ordering::SeqCst));
+    runner.pass(&with_pods(&["a"]), Cause::Plan).await;
+    assert_eq!(withheld(&log), ["a"], "its policy was the other's");
+    runner.pass(&with_pods(&["a"]), Cause::Event).await;
+    assert!(withheld(&log).is_empty());
 }
 
 #[tokio::test]

@@ -74,7 +74,7 @@ fn a_peers_counters_come_from_the_device_and_its_name_from_the_plan() {
     let board = planned();
     let running = mesh_uapi::Peer { rx_bytes: 10, tx_bytes: 20, ..Default::default() };
     let device = Device { peers: [(key(2), running)].into(), listen_port: 51820, ..Device::default() };
-    let seen = DeviceSeen { up: Some(true), mtu: 1420, device: Some(device), stats: None };
+    let seen = DeviceSeen { up: Some(true), mtu: 1420, device: Some(device), ..DeviceSeen::default() };
     let states = [(("margay0".to_owned(), key(2)), PeerState::Up)].into();
     board.set_devices([("margay0".to_owned(), seen)].into(), states, Healths::default());
     let status = board.status(SystemTime::now());

@@ -91,6 +91,7 @@ pub fn lab(name: &str, hosts: &Hosts, cases: &[&Case]) -> Result<spec::Lab> {
                 v6(0xfd42, u16::from(base), u16::from(index), 64),
             ],
             labels: node.map(|node| node.labels.clone()).unwrap_or_default(),
+            datapath: spec::Datapath::default(),
         });
     };
     hosts.nodes.iter().for_each(|node| add(Some(node)));
