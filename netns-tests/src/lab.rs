@@ -7,7 +7,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use mesh_api::defaults::{CONFIG, DEVICE, MANIFESTS};
+use mesh_api::defaults::{CONFIG, DEVICE, DEVICES, MANIFESTS};
 use mesh_api::status::{Status, Synced};
 use serde_json::Value;
 
@@ -24,6 +24,9 @@ use crate::wire::{Router, Wire};
 
 /// How long anything in the control plane may take before the lab calls it broken.
 pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// The units of a node: a datapath for each device, and the agent.
+pub const UNITS: [&str; 3] = ["mesh-datapath", "mesh-datapath@margay1", "mesh-agent"];
 
 /// The lab. Dropping it ends everything in it.
 #[derive(Debug)]
@@ -131,15 +134,22 @@ impl Lab {
             crate::mounts::copy_tree(directory, &host.path(&format!("{MANIFESTS}/extra")))?;
         }
         self.carrier.add(host);
-        self.start_datapath(name)?;
+        for device in DEVICES {
+            self.start_device(name, device)?;
+        }
         self.start_agent(name)
     }
 
-    /// Starts the datapath's unit.
+    /// Starts the unit of the first device, `mesh-datapath`.
     pub fn start_datapath(&self, node: &str) -> Result<()> {
+        self.start_device(node, DEVICE)
+    }
+
+    /// Starts a device's unit.
+    pub fn start_device(&self, node: &str, device: &str) -> Result<()> {
         let datapath = self.bins.program("mesh-datapath")?;
         self.host(node)?
-            .start_unit("mesh-datapath", &[&datapath.to_string_lossy(), "-f", "--persist", DEVICE])
+            .start_unit(&datapath_unit(device), &[&datapath.to_string_lossy(), "-f", "--persist", device])
     }
 
     /// Starts the agent's unit.
@@ -163,7 +173,7 @@ impl Lab {
         wait::until(format!("node {name} to settle"), limit, || {
             let status = agent.status()?;
             let generation = status.generation;
-            if status.devices.iter().any(|device| device.name == DEVICE && device.state == "up")
+            if status.devices.iter().any(|device| device.public_key.is_some() && device.state == "up")
                 && status.peers.len() == peers
                 && generation.snapshot > 0
                 && generation.enforced >= generation.snapshot
@@ -180,7 +190,7 @@ impl Lab {
     pub fn logs(&self, node: &str) -> String {
         let Ok(host) = self.host(node) else { return String::new() };
         let mut text = String::new();
-        for unit in ["mesh-datapath", "mesh-agent"] {
+        for unit in UNITS {
             let log = host.log(unit);
             let lines: Vec<&str> = log.lines().collect();
             let end = lines.get(lines.len().saturating_sub(15)..).unwrap_or_default();
@@ -369,6 +379,14 @@ impl Lab {
         self.pods.clear();
         self.hosts.clear();
         self.routers.clear();
+    }
+}
+
+/// The unit of a device: `mesh-datapath` for the first, as ever, and `mesh-datapath@margay1` for the second.
+pub fn datapath_unit(device: &str) -> String {
+    match device {
+        DEVICE => "mesh-datapath".to_owned(),
+        other => format!("mesh-datapath@{other}"),
     }
 }
 
