@@ -97,6 +97,19 @@ fn a_retired_key_that_a_crash_left_is_swept() {
 }
 
 #[test]
+fn a_secret_that_a_crash_left_after_its_epoch_gave_it_up_is_swept() {
+    let root = tempfile::tempdir().unwrap();
+    let store = KeyStore::new(root.path());
+    let secret = Secret::new(b"a secret of sixteen bytes").unwrap();
+    let public = store.make(2, Some(secret), &mut rand::rng()).unwrap().private.public();
+    let state = State { slots: vec![slot(2, public)], ..State::default() };
+    store.save(&state).unwrap();
+    assert_eq!(store.load().unwrap().keys[&2].secret, None);
+    store.sweep(&state).unwrap();
+    assert!(!root.path().join("psk-2").exists() && store.key_path(2).exists());
+}
+
+#[test]
 fn a_damaged_state_is_put_aside_and_made_anew_from_the_newest_keys() {
     for damage in ["", "{", "{\"version\":2,\"slots\":[]}", "{\"version\":1,\"slots\":7}"] {
         let root = tempfile::tempdir().unwrap();

@@ -4,6 +4,7 @@
 //! Paths and bodies are in [`mesh_api::status`].
 
 mod health;
+mod keys;
 mod socket;
 
 use std::sync::Arc;
@@ -21,6 +22,7 @@ use crate::metrics::Metrics;
 use crate::reconcile::policy::events::DenyLog;
 use crate::status::Board;
 use crate::store::Store;
+pub use keys::Keys;
 pub use socket::{prepare_run_dir, serve};
 
 /// For all sources to be read again.
@@ -37,19 +39,24 @@ pub struct Api {
     pub denied: DenyLog,
     /// Everything countable.
     pub metrics: Arc<Metrics>,
+    /// Where orders to change keys go.
+    pub keys: Option<Arc<Keys>>,
 }
 
 impl Api {
     /// `status.sock`: reads.
     pub fn reads(&self) -> Router {
-        self.routes()
-            .route("/v1/sync", post(|| async { refuse(StatusCode::FORBIDDEN, "only on control.sock") }))
+        let forbidden = || post(|| async { refuse(StatusCode::FORBIDDEN, "only on control.sock") });
+        let writes = ["/v1/sync", "/v1/keys/rotate", "/v1/keys/rotate-all"];
+        writes
+            .into_iter()
+            .fold(self.routes(), |routes, path| routes.route(path, forbidden()))
             .with_state(self.clone())
     }
 
     /// `control.sock`: everything.
     pub fn control(&self) -> Router {
-        self.routes().route("/v1/sync", post(sync)).with_state(self.clone())
+        self.routes().route("/v1/sync", post(sync)).merge(keys::routes()).with_state(self.clone())
     }
 
     /// TCP: `/healthz`, `/readyz`, `/metrics`.
@@ -63,6 +70,7 @@ impl Api {
             .route("/v1/peers", get(peers))
             .route("/v1/policies", get(policies))
             .route("/v1/events", get(events))
+            .route("/v1/keys", get(keys::show))
             .route("/v1/dump", get(dump))
             .merge(health::routes())
             .fallback(not_found)

@@ -3,6 +3,7 @@
 
 pub mod mesh;
 pub mod reference;
+pub mod rotation;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -69,10 +70,15 @@ pub struct AgentConfig {
     #[serde(default, rename = "podCIDRs")]
     #[schemars(with = "Vec<String>")]
     pub pod_cidrs: Vec<IpNet>,
-    /// Where peers can reach this node, best first; its own addresses and the mesh's port unless given.
+    /// Where peers can reach this node, best first; its own addresses and the mesh's port unless given. The port is
+    /// that of the device `margay0`; `margay1` is reached at the next one.
     #[serde(default)]
     #[schemars(with = "Vec<String>")]
     pub endpoints: Vec<SocketAddr>,
+    /// File of the secret that preshared keys are made from, the same on every node, mode 0600; read again when it
+    /// changes. None for no preshared keys.
+    #[serde(default)]
+    pub preshared_key_file: Option<PathBuf>,
 }
 
 fn manifests_dir() -> PathBuf {
@@ -178,6 +184,9 @@ impl AgentConfig {
                 return invalid(field, format!("{} is not an absolute path", value.display()));
             }
         }
+        if let Some(path) = self.preshared_key_file.as_ref().filter(|path| !path.is_absolute()) {
+            return invalid("presharedKeyFile", format!("{} is not an absolute path", path.display()));
+        }
         for (index, prefix) in self.pod_cidrs.iter().enumerate() {
             if prefix.trunc() != *prefix {
                 return invalid("podCIDRs", format!("{prefix} has host bits, meant is {}", prefix.trunc()));
@@ -190,6 +199,9 @@ impl AgentConfig {
             let ip = endpoint.ip();
             if endpoint.port() == 0 || ip.is_unspecified() || ip.is_loopback() || ip.is_multicast() {
                 return invalid("endpoints", format!("nobody can reach {endpoint}"));
+            }
+            if endpoint.port() == u16::MAX {
+                return invalid("endpoints", format!("{endpoint} leaves no port for the second device"));
             }
         }
         Ok(())
@@ -218,7 +230,8 @@ mod tests {
     fn every_field_is_read() {
         let config = parse(
             "nodeName: n1\nmanifests: /m\nstateDir: /s\nrunDir: /r\nmetricsAddress: '[::1]:1'\n\
-             logFormat: json\ndatapath: kernel\npodCIDRs: [10.1.0.0/24, 'fd00:1::/64']\nendpoints: ['192.0.2.1:51820']\n",
+             logFormat: json\ndatapath: kernel\npodCIDRs: [10.1.0.0/24, 'fd00:1::/64']\nendpoints: ['192.0.2.1:51820']\n\
+             presharedKeyFile: /etc/margay/secret\n",
         )
         .unwrap();
         assert_eq!(config.node_name, "n1");
@@ -237,6 +250,8 @@ mod tests {
             ("podCIDRs: [10.0.0.1/24]\n", "agent.yaml: podCIDRs: 10.0.0.1/24 has host bits"),
             ("podCIDRs: [10.0.0.0/24, 10.0.1.0/24]\n", "second prefix of its family"),
             ("endpoints: ['0.0.0.0:1']\n", "agent.yaml: endpoints: nobody can reach"),
+            ("endpoints: ['192.0.2.1:65535']\n", "leaves no port"),
+            ("presharedKeyFile: secret\n", "agent.yaml: presharedKeyFile: secret is not an absolute path"),
             ("logFormat: xml\n", "agent.yaml:1:"),
             ("datapath: ebpf\n", "agent.yaml:1:"),
             ("nodeName: [\n", "agent.yaml:"),

@@ -4,32 +4,35 @@
 //! ```text
 //!   DirectorySource ┐                                    ┌ reconcilers ┐
 //!   CNI server      ├▶ Store ─▶ Planner ─▶ Desired ─▶ Runner           ├▶ Board ─▶ API, metrics
-//!   Observer        ┘             │                      └ Observer    ┘
+//!   Observer        │             │                      ├ Observer    │
+//!   Rotator         ┘             │                      └ Rotator     ┘
 //!                                 └▶ incumbents.json, announcement
 //! ```
 
+use std::collections::BTreeSet;
 use std::future::Future;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
+use keyservice::Incumbents;
 use keyservice::admission::IncumbentsProblem;
-use keyservice::{Incumbents, PrivateKey, keyfile};
+use keyservice::rotation::KeyStore;
 use mesh_api::defaults;
 use mesh_api::status::Issue;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
-use crate::api::{self, Api};
+use crate::api::{self, Api, Keys};
 use crate::cni;
 use crate::config::{AgentConfig, DatapathChoice};
 use crate::desired::Datapath;
 use crate::metrics::Metrics;
-use crate::observe::Observer;
+use crate::observe::{self, Observer};
 use crate::planner::{self, Planner};
 use crate::reconcile::netlink::Netlink;
 use crate::reconcile::policy::events::{self, DenyLog};
@@ -39,6 +42,7 @@ use crate::reconcile::{
     masquerade::MasqueradeReconciler, neighbours::NeighbourReconciler, routes::RouteReconciler,
     rules::RuleReconciler, sysctls::SysctlReconciler, wireguard::WireguardReconciler,
 };
+use crate::rotate::{self, Rotator, SecretFile};
 use crate::runner::Runner;
 use crate::source::directory::DirectorySource;
 use crate::state::StateDir;
@@ -77,11 +81,12 @@ pub async fn run(config: AgentConfig) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let state = StateDir::take(&config.state_dir)?;
-    let key = keyfile::load_or_create(&state.key(), &mut rand::rng())?;
+    let files = KeyStore::new(state.root());
+    let keys = files.load()?;
     let (incumbents, forgotten) = remembered(&state.incumbents())?;
     info!(
         node = config.node_name,
-        public_key = %key.public(),
+        public_keys = ?keys.state.slots.iter().map(|slot| slot.public_key).collect::<Vec<_>>(),
         manifests = %config.manifests.display(),
         state = %config.state_dir.display(),
         version = env!("CARGO_PKG_VERSION"),
@@ -90,14 +95,16 @@ pub async fn run(config: AgentConfig) -> Result<()> {
 
     api::prepare_run_dir(&config.run_dir)?;
     let store = Store::new(&[DIRECTORY, LOCAL, cni::SOURCE]);
-    tell_of_self(&store, &config, &key, incumbents);
-    let datapath = choose_datapath(config.datapath);
-    store.update_local(|local| local.datapath = datapath);
-    remember_endpoints(&store, &state.learned());
     // A socket for each of those that dump at the same time: one socket has one dump.
     let connect = || Netlink::connect().context("rtnetlink");
     let netlink = connect()?;
-    let mut reconcilers = reconcilers(&netlink, &state, KeyRing::new([key]));
+    let devices = observe::present(&netlink.links().await?);
+    tell_of_self(&store, &config, incumbents, devices);
+    let datapath = choose_datapath(config.datapath);
+    store.update_local(|local| local.datapath = datapath);
+    remember_endpoints(&store, &state.learned());
+    let ring = KeyRing::default();
+    let mut reconcilers = reconcilers(&netlink, &state, ring.clone());
     let mut rows: Vec<_> = reconcilers.iter().map(|one| (one.stage(), one.name())).collect();
     rows.push((Stage::Policy, "policy"));
     rows.sort();
@@ -111,6 +118,18 @@ pub async fn run(config: AgentConfig) -> Result<()> {
 
     let (plans, to_runner) = watch::channel(Arc::default());
     let (announcements, to_announcer) = watch::channel(None);
+    let (claims, to_rotator) = watch::channel(Arc::default());
+    let parts = rotate::Parts {
+        files,
+        ring,
+        store: store.clone(),
+        board: board.clone(),
+        claims: to_rotator,
+        secret: SecretFile::new(config.preshared_key_file.clone()),
+    };
+    let rotator = Rotator::new(keys, parts);
+    store.source_synced(LOCAL, 1);
+    let (orders, to_obey) = mpsc::channel(16);
     let wake = Arc::new(Notify::new());
     let observer = Observer::new(
         connect()?,
@@ -126,12 +145,14 @@ pub async fn run(config: AgentConfig) -> Result<()> {
         board: board.clone(),
         plans,
         announcements,
+        claims,
         incumbents: state.incumbents(),
     };
     let runner = Runner::new(reconcilers, board.clone());
     let cni_socket = cni::serve::bind(&config.run_dir.join(defaults::CNI_SOCKET), 0o600)?;
     let metrics = Arc::new(Metrics { engine: Some(engine.clone()), cni: Some(cni_server.clone()) });
-    let api = Api { board: board.clone(), store, denied: denied.clone(), metrics };
+    let keys = Some(Arc::new(Keys::new(orders, config.manifests.clone())));
+    let api = Api { board: board.clone(), store, denied: denied.clone(), metrics, keys };
 
     let mut tasks = Tasks::default();
     tasks.spawn("kernel event listener", kernel_events::follow(wake.clone()).context("rtnetlink events")?);
@@ -139,6 +160,7 @@ pub async fn run(config: AgentConfig) -> Result<()> {
     tasks.spawn("observer", observer.run(wake.clone()));
     tasks.spawn("planner", planner.run());
     tasks.spawn("announcer", planner::announce(config.manifests.clone(), to_announcer, board.clone()));
+    tasks.spawn("rotator", rotator.run(to_obey));
     tasks.spawn("runner", runner.run(to_runner, wake));
     tasks.spawn("CNI server", cni::serve::serve(cni_server, cni_socket, stop.clone()));
     tasks.spawn("API server", serve_api(api, config.clone(), stop.clone()));
@@ -189,15 +211,14 @@ fn remembered(path: &Path) -> Result<(Incumbents, Option<Issue>)> {
     Ok((Incumbents::default(), Some(issue)))
 }
 
-fn tell_of_self(store: &Store, config: &AgentConfig, key: &PrivateKey, incumbents: Incumbents) {
+fn tell_of_self(store: &Store, config: &AgentConfig, incumbents: Incumbents, devices: BTreeSet<String>) {
     store.update_local(|local| {
         local.node_name = config.node_name.clone();
-        local.public_key = Some(key.public());
         local.incumbents = incumbents;
         local.pod_cidrs = config.pod_cidrs.clone();
         local.endpoints = config.endpoints.clone();
+        local.devices = devices;
     });
-    store.source_synced(LOCAL, 1);
 }
 
 /// The kernel's WireGuard, where it is to be found or asked for.

@@ -113,6 +113,8 @@ pub struct WireguardDevice {
     pub listen_port: u16,
     /// Mark on its own packets; 0 for none.
     pub fwmark: u32,
+    /// Every peer has a preshared key, which the reconciler has beside the plan.
+    pub preshared: bool,
     /// Its peers.
     pub peers: BTreeMap<PublicKey, WireguardPeer>,
 }
@@ -132,6 +134,8 @@ pub struct WireguardPeer {
     pub learned: bool,
     /// Where it did not answer, and whether it is to be tried afresh.
     pub reach: Reach,
+    /// A session with it is wanted though nothing is sent to it here yet.
+    pub connect: bool,
 }
 
 /// Source NAT for packets from `sources` that leave by none of `internal_links` to none of `exceptions`.
@@ -141,7 +145,7 @@ pub struct Masquerade {
     pub sources: BTreeSet<IpNet>,
     /// Pools, node addresses and configured exceptions.
     pub exceptions: BTreeSet<IpNet>,
-    /// The mesh device and pods' veths (a trailing `*` matches a prefix).
+    /// The mesh devices and pods' veths (a trailing `*` matches a prefix).
     pub internal_links: BTreeSet<String>,
 }
 

@@ -23,6 +23,7 @@ pub mod own;
 pub mod plan;
 pub mod planner;
 pub mod reconcile;
+pub mod rotate;
 pub mod runner;
 pub mod snapshot;
 pub mod source;

@@ -18,6 +18,7 @@ use crate::reconcile::policy::Engine;
 use crate::status::Observed;
 
 mod peers;
+mod rotation;
 
 type Labels = Vec<(&'static str, String)>;
 
@@ -95,6 +96,7 @@ fn text(seen: &Observed, counted: &Counted) -> Result<String, fmt::Error> {
     peers::peers(&mut page, seen);
     peers::devices(&mut page, seen);
     own_state(&mut page, seen);
+    rotation::rotation(&mut page, seen);
     packets(&mut page, counted);
     if let Some((used, free)) = counted.addresses {
         let addresses = [("used", Some(used as u64)), ("free", free)];
@@ -157,6 +159,7 @@ mod tests {
     use std::time::UNIX_EPOCH;
 
     use keyservice::PublicKey;
+    use mesh_api::status::{KeyStatus, RotationStatus, WaitingPeer};
     use mesh_uapi::{Offload, PeerStats, Stats};
 
     use super::*;
@@ -196,6 +199,24 @@ mod tests {
         let kernel = DeviceSeen { kernel: Some("6.12.1".to_owned()), ..DeviceSeen::default() };
         let devices = [("margay0".to_owned(), seen), ("margay1".to_owned(), kernel)].into();
         board.set_devices(devices, Default::default(), healths);
+        board.set_rotation(RotationStatus {
+            phase: "moving".to_owned(),
+            completed: 3,
+            keys: vec![KeyStatus {
+                epoch: 5,
+                public_key: String::new(),
+                device: "margay1".to_owned(),
+                port: 51821,
+                announced: true,
+                preshared: false,
+            }],
+            waiting: vec![WaitingPeer {
+                name: "b".to_owned(),
+                reason: "NoHandshake".to_owned(),
+                message: String::new(),
+            }],
+            ..RotationStatus::default()
+        });
         let text = text(&board.observed(), &Counted::default()).unwrap();
         let key = PublicKey::from_bytes([2; 32]).to_string();
         let labels = format!(
@@ -216,6 +237,11 @@ mod tests {
             "margay_datapath_offload{iface=\"margay0\",offload=\"tun_uso\",state=\"refused: Invalid argument (os error 22)\"} 0"
                 .to_owned(),
             "margay_reconciler_failing{reconciler=\"policy\"} 0".to_owned(),
+            "margay_rotation_phase{phase=\"moving\"} 1".to_owned(),
+            "margay_rotation_phase{phase=\"steady\"} 0".to_owned(),
+            "margay_rotation_epoch{iface=\"margay1\"} 5".to_owned(),
+            "margay_rotation_waiting_peers{reason=\"NoHandshake\"} 1".to_owned(),
+            "margay_rotation_completed_total{} 3".to_owned(),
         ] {
             assert!(text.lines().any(|found| found == line), "{line}\n{text}");
         }

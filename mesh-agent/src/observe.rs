@@ -1,6 +1,6 @@
 //! Looks at what no event tells: the WireGuard devices, who is behind them, and the host's own addresses.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -133,7 +133,7 @@ impl Observer {
             devices.insert(name, seen);
         }
         let answering = devices.values().filter(|seen| seen.up.is_some() && seen.device.is_some()).count();
-        self.feed_back(addresses, &desired, &devices).await;
+        self.feed_back(addresses, present(&links), &desired, &devices).await;
         let health = self.healer.health(Instant::now());
         self.board.set_issues("heal", silent(&desired, &devices, &health));
         self.board.set_devices(devices, peers, health);
@@ -144,6 +144,7 @@ impl Observer {
     async fn feed_back(
         &mut self,
         addresses: Vec<IpAddr>,
+        present: BTreeSet<String>,
         desired: &Desired,
         devices: &BTreeMap<String, DeviceSeen>,
     ) {
@@ -158,6 +159,7 @@ impl Observer {
         self.memory.keep(&learned).await;
         self.store.update_local(|local| {
             local.addresses = addresses;
+            local.devices = present;
             local.learned_endpoints = learned;
             local.reach = reach;
         });
@@ -177,6 +179,11 @@ impl Observer {
         addresses.dedup();
         Ok(addresses)
     }
+}
+
+/// The tunnel devices there are.
+pub fn present(links: &Links) -> BTreeSet<String> {
+    links.keys().filter(|name| own::is_device(name)).cloned().collect()
 }
 
 impl Memory {

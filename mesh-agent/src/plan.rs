@@ -12,14 +12,16 @@ mod routes;
 #[cfg(test)]
 mod tests;
 
-use std::net::IpAddr;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
-use keyservice::{Announcement, Incumbents};
-use mesh_api::defaults;
+use keyservice::rotation::device_of;
+use keyservice::{Announcement, Incumbents, KeyClaim};
+use mesh_api::defaults::DEVICES;
 use mesh_api::status::Issue;
 
-use crate::desired::Desired;
+use crate::desired::{Datapath, Desired};
 use crate::snapshot::Snapshot;
 use addresses::Addresses;
 use members::Members;
@@ -38,8 +40,10 @@ pub struct Planned {
     pub issues: Vec<Issue>,
     /// Whom to remember as admitted.
     pub incumbents: Incumbents,
-    /// What to announce; `None` while there is no key, or nothing valid to say.
+    /// What to announce; `None` while there is no key to be told of, or nothing valid to say.
     pub announcement: Option<Announcement>,
+    /// The keys of the admitted peers, by name.
+    pub claims: BTreeMap<String, Vec<KeyClaim>>,
     /// This node's own part of the mesh.
     pub own: Own,
 }
@@ -71,15 +75,15 @@ impl Own {
 /// Plans.
 pub fn plan(snapshot: &Snapshot) -> Planned {
     let mut issues = snapshot.cluster.issues.clone();
-    let announcement = announcement::own(snapshot, &mut issues);
-    let members = Members::admit(snapshot, announcement.as_ref(), &mut issues);
+    let said = announcement::own(snapshot, &mut issues);
+    let members = Members::admit(snapshot, said.claimed.as_ref(), &mut issues);
     let addresses = Addresses::assign(snapshot, &members, &mut issues);
     let peers = Peers::build(snapshot, &members, &addresses, &mut issues);
     let mesh = &snapshot.cluster.mesh;
     let mut desired = Desired {
         generation: snapshot.generation,
         // Without our key every peer looks superfluous.
-        prune: snapshot.synced && snapshot.local.public_key.is_some(),
+        prune: snapshot.synced && !snapshot.local.rotation.slots.is_empty(),
         pod_cidrs: members.own.pod_cidrs.clone(),
         datapath: snapshot.local.datapath,
         ..Desired::default()
@@ -89,11 +93,44 @@ pub fn plan(snapshot: &Snapshot) -> Planned {
     desired.masquerade = host::masquerade(snapshot);
     desired.routes = routes::routes(snapshot, &members, &peers);
     desired.rules = routes::rules(&mesh.pools);
-    if let Some(device) = peers.device(snapshot) {
-        desired.wireguard.insert(defaults::DEVICE.to_owned(), device);
+    for slot in &snapshot.local.rotation.slots {
+        desired.wireguard.insert(name_of(slot.epoch).to_owned(), peers.device(snapshot, slot));
     }
     desired.policy = policy::policy(snapshot, &members.own, &peers, &addresses);
-    Planned { desired, issues, incumbents: members.incumbents, announcement, own: members.own }
+    Planned {
+        desired,
+        issues,
+        incumbents: members.incumbents,
+        announcement: said.announced,
+        claims: members.peers.into_iter().map(|(name, peer)| (name, peer.keys)).collect(),
+        own: members.own,
+    }
+}
+
+/// The device of an epoch's key.
+fn name_of(epoch: u64) -> &'static str {
+    DEVICES[device_of(epoch)]
+}
+
+/// The devices to be ready: those with a key, and what there is besides or can be made, so that the next key finds its
+/// device with policy in place.
+fn devices(snapshot: &Snapshot) -> BTreeSet<&'static str> {
+    let local = &snapshot.local;
+    let with_key = local.rotation.slots.iter().map(|slot| name_of(slot.epoch));
+    let made = |name: &&str| local.datapath == Datapath::Kernel || local.devices.contains(*name);
+    with_key.chain(DEVICES.into_iter().filter(made)).collect()
+}
+
+/// UDP port of the device of an epoch's key, where `first` is that of the first device.
+fn port_of(first: u16, epoch: u64) -> u16 {
+    first.saturating_add(u16::from(device_of(epoch) > 0))
+}
+
+/// An endpoint of the key that listens on `from`, for the one that listens on `to`: who forwards ports forwards both.
+fn shifted(endpoint: SocketAddr, from: u16, to: u16) -> Option<SocketAddr> {
+    let port = i32::from(endpoint.port()) + i32::from(to) - i32::from(from);
+    let port = u16::try_from(port).ok().filter(|port| *port > 0 && endpoint.port() > 0)?;
+    Some(SocketAddr::new(endpoint.ip(), port))
 }
 
 /// A node's own address in one of its prefixes: the first after the network's. A prefix of one or two

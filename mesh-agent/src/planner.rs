@@ -1,12 +1,13 @@
 //! Plans every new snapshot, and carries what the plan says besides: whom to remember, what to announce.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use keyservice::publish::directory::DirectoryPublisher;
 use keyservice::publish::{Publish as _, Published};
-use keyservice::{Announcement, Incumbents};
+use keyservice::{Announcement, Incumbents, KeyClaim};
 use mesh_api::status::Issue;
 use tokio::sync::watch;
 use tokio::time::sleep;
@@ -20,6 +21,9 @@ use crate::store::Store;
 /// Until a failed write is tried again.
 const RETRY: Duration = Duration::from_secs(2);
 
+/// The admitted peers' keys, by name.
+pub type Claims = BTreeMap<String, Vec<KeyClaim>>;
+
 /// Plans, remembers, announces.
 pub struct Planner {
     /// Where snapshots come from.
@@ -30,6 +34,8 @@ pub struct Planner {
     pub plans: watch::Sender<Arc<Desired>>,
     /// For the announcer.
     pub announcements: watch::Sender<Option<Announcement>>,
+    /// For the rotation of keys: the admitted peers' keys, by name.
+    pub claims: watch::Sender<Arc<Claims>>,
     /// File of the nodes admitted before.
     pub incumbents: PathBuf,
 }
@@ -43,6 +49,7 @@ impl Planner {
             let snapshot = snapshots.borrow_and_update().clone();
             let planned = plan(&snapshot);
             let desired = Arc::new(planned.desired);
+            self.claims.send_replace(Arc::new(planned.claims));
             self.board.planned(snapshot.clone(), desired.clone(), planned.issues);
             // On disk before anything of it is programmed: a restart must not forget whom this node
             // already talks to.

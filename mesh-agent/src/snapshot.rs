@@ -1,10 +1,11 @@
 //! Everything the sources know at one moment. The only input of [`crate::plan`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use ipnet::IpNet;
+use keyservice::rotation::{Settings, State};
 use keyservice::{Incumbents, PublicKey};
 use mesh_api::status::{Issue, SourceStatus};
 
@@ -120,24 +121,33 @@ pub struct Endpoint {
 pub struct Local {
     /// This node's name.
     pub node_name: String,
-    /// This node's public key.
-    pub public_key: Option<PublicKey>,
     /// Who carries its packets.
     pub datapath: crate::desired::Datapath,
+    /// This node's keys by their public halves, and how far their rotation is.
+    pub rotation: State,
+    /// Keys that were this node's since the agent began: what it said of itself with them is out of date.
+    pub former_keys: BTreeSet<PublicKey>,
+    /// The WireGuard devices there are, by name.
+    pub devices: BTreeSet<String>,
     /// Whom it has admitted before.
     pub incumbents: Incumbents,
     /// Where peers were last heard from, learned by the datapath: a hint, by key.
     pub learned_endpoints: BTreeMap<PublicKey, SocketAddr>,
     /// How reaching the peers went, of those that were silent once.
     pub reach: BTreeMap<PublicKey, Reach>,
-    /// Rotation epoch of this node's key.
-    pub key_epoch: u64,
     /// Configured prefixes to announce; used only where the Node object names none.
     pub pod_cidrs: Vec<IpNet>,
     /// Configured endpoint candidates to announce, best first; empty for the node's own addresses.
     pub endpoints: Vec<SocketAddr>,
     /// Addresses configured on this host outside the mesh (no loopback, no link-local, none of ours).
     pub addresses: Vec<IpAddr>,
+}
+
+impl Local {
+    /// This node's keys, newest epoch first.
+    pub fn keys(&self) -> impl Iterator<Item = PublicKey> {
+        self.rotation.slots.iter().map(|slot| slot.public_key)
+    }
 }
 
 /// How reaching a peer went (see [`crate::heal`]).
@@ -168,7 +178,7 @@ pub struct MeshSpec {
     /// Nothing with a pod's address leaves unencrypted: what no peer owns in the pools, and nodes that are
     /// no peers, are unreachable for pods instead of reached in clear text.
     pub strict_encryption: bool,
-    /// UDP port of this node's WireGuard device.
+    /// UDP port of this node's first WireGuard device; the second's is the next.
     pub listen_port: u16,
     /// Seconds between keepalives to every peer; 0 for off.
     pub persistent_keepalive: u16,
@@ -176,6 +186,8 @@ pub struct MeshSpec {
     pub masquerade: bool,
     /// Destinations never masqueraded, besides the pools and the nodes.
     pub masquerade_exceptions: Vec<IpNet>,
+    /// When keys change.
+    pub rotation: Settings,
 }
 
 impl Default for MeshSpec {
@@ -188,6 +200,7 @@ impl Default for MeshSpec {
             persistent_keepalive: 0,
             masquerade: true,
             masquerade_exceptions: Vec::new(),
+            rotation: crate::config::rotation::RotationSpec::default().settings(0),
         }
     }
 }

@@ -51,11 +51,6 @@ impl StateDir {
         &self.root
     }
 
-    /// The node's private key.
-    pub fn key(&self) -> PathBuf {
-        self.root.join("key")
-    }
-
     /// The nodes admitted before.
     pub fn incumbents(&self) -> PathBuf {
         self.root.join("incumbents.json")

@@ -10,7 +10,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 use keyservice::PublicKey;
 use mesh_api::status::{
-    DeviceStatus, EndpointStatus, Generation, Issue, PeerState, PolicyStatus, ReconcilerStatus, Status,
+    DeviceStatus, EndpointStatus, Generation, Issue, PeerState, PolicyStatus, ReconcilerStatus,
+    RotationStatus, Status,
 };
 use mesh_uapi::{Device, Offload, Stats};
 use tokio::sync::watch;
@@ -78,6 +79,8 @@ pub struct Observed {
     pub policies: Vec<PolicyStatus>,
     /// `closed`, `open` or `policed`, by host-side interface.
     pub endpoint_policy: BTreeMap<String, String>,
+    /// This node's keys.
+    pub rotation: RotationStatus,
 }
 
 impl Observed {
@@ -130,6 +133,16 @@ impl Board {
     /// The board as it is now.
     pub fn observed(&self) -> Observed {
         self.observed.borrow().clone()
+    }
+
+    /// A look at the board without a copy of it. Nobody can write meanwhile.
+    pub fn look<T>(&self, look: impl FnOnce(&Observed) -> T) -> T {
+        look(&self.observed.borrow())
+    }
+
+    /// How far the rotation of keys is.
+    pub fn rotation(&self) -> RotationStatus {
+        self.look(|seen| seen.rotation.clone())
     }
 
     /// For whoever waits for something to appear on it.
@@ -197,6 +210,15 @@ impl Board {
         });
     }
 
+    /// How far the rotation of keys is.
+    pub fn set_rotation(&self, rotation: RotationStatus) {
+        self.observed.send_if_modified(|seen| {
+            let changed = seen.rotation != rotation;
+            seen.rotation = rotation;
+            changed
+        });
+    }
+
     /// What policy does here.
     pub fn set_policies(&self, policies: Vec<PolicyStatus>, endpoints: BTreeMap<String, String>) {
         self.observed.send_modify(|seen| {
@@ -251,6 +273,7 @@ pub fn assemble(seen: &Observed, now: SystemTime, uptime: Duration) -> Status {
         reconcilers: seen.reconcilers.clone(),
         endpoints: endpoints(seen),
         issues: seen.all_issues(),
+        rotation: seen.rotation.clone(),
     }
 }
 

@@ -161,7 +161,12 @@ impl World {
         store.update_local(|local| {
             local.node_name = "a".into();
             // A node without a key counts as one that does not know everything yet.
-            local.public_key = Some(keyservice::PublicKey::from_bytes([9; 32]));
+            local.rotation.slots = vec![keyservice::rotation::Slot {
+                epoch: 0,
+                public_key: keyservice::PublicKey::from_bytes([9; 32]),
+                announced: true,
+                preshared: false,
+            }];
         });
         store.set_cluster("directory", cluster(&[]), 0);
         let netlink = Netlink::connect().unwrap();

@@ -138,11 +138,13 @@ fn wish() -> Desired {
         persistent_keepalive: 0,
         learned: false,
         reach: Default::default(),
+        connect: false,
     };
     let device = WireguardDevice {
         public_key: own().public(),
         listen_port: 51998,
         fwmark: 0,
+        preshared: false,
         peers: (1..=3).map(|n| (key(n), peer(n))).collect(),
     };
     Desired { prune: true, wireguard: [("margay0".to_owned(), device)].into(), ..Desired::default() }

@@ -6,14 +6,14 @@ use std::io::Write;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use mesh_api::defaults::{BPF_DIR, DEVICE, PORT, TABLE};
+use mesh_api::defaults::{BPF_DIR, DEVICE, DEVICES, PORT, TABLE};
 use mesh_api::status::{DenyEvent, PeerState};
 use serde_json::json;
 
 use crate::bins::Bins;
 use crate::capture::{Capture, Seen};
 use crate::control;
-use crate::lab::{Lab, PATIENCE};
+use crate::lab::{Lab, PATIENCE, datapath_unit};
 use crate::leaks::{self, Machine};
 use crate::manifests;
 use crate::probe::{self, Outcome, Probe};
@@ -256,7 +256,9 @@ fn clean_up(lab: &mut Lab) -> Result<()> {
 pub fn clean_host(lab: &Lab, node: &str) -> Result<()> {
     let host = lab.host(node)?;
     host.stop_unit("mesh-agent")?;
-    host.stop_unit("mesh-datapath")?;
+    for device in DEVICES {
+        host.stop_unit(&datapath_unit(device))?;
+    }
     host.run(&["mesh-agent", "cleanup"])?;
     let mut left = Vec::new();
     for (what, argv) in [
@@ -269,10 +271,12 @@ pub fn clean_host(lab: &Lab, node: &str) -> Result<()> {
     ] {
         let ours = |line: &&str| {
             let words: Vec<&str> = line.split_whitespace().collect();
-            line.starts_with(DEVICE)
+            DEVICES.iter().any(|device| line.starts_with(device))
                 || line.starts_with("mgy")
                 || words.contains(&TABLE.to_string().as_str())
-                || words.windows(2).any(|pair| pair == ["proto", "142"] || pair == ["dev", DEVICE])
+                || words
+                    .windows(2)
+                    .any(|pair| pair == ["proto", "142"] || pair[0] == "dev" && DEVICES.contains(&pair[1]))
                 || line.trim() == "table inet margay"
                 || line.starts_with("3000")
         };

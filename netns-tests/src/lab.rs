@@ -7,7 +7,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use mesh_api::defaults::{CONFIG, DEVICE, MANIFESTS};
+use mesh_api::defaults::{CONFIG, DEVICE, DEVICES, MANIFESTS};
 use mesh_api::status::{Status, Synced};
 use serde_json::Value;
 
@@ -24,6 +24,9 @@ use crate::wire::{Router, Wire};
 
 /// How long anything in the control plane may take before the lab calls it broken.
 pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// The units of a node: a datapath for each device, and the agent.
+pub const UNITS: [&str; 3] = ["mesh-datapath", "mesh-datapath@margay1", "mesh-agent"];
 
 /// The lab. Dropping it ends everything in it.
 #[derive(Debug)]
@@ -136,18 +139,26 @@ impl Lab {
         if self.is_guest(name) {
             return Ok(());
         }
-        self.start_datapath(name)?;
+        for device in DEVICES {
+            self.start_device(name, device)?;
+        }
         self.start_agent(name)
     }
 
-    /// Starts the datapath's unit, with the arguments of `manifests/systemd/mesh-datapath@.service`.
+    /// Starts the unit of the first device, `mesh-datapath`.
     pub fn start_datapath(&self, node: &str) -> Result<()> {
+        self.start_device(node, DEVICE)
+    }
+
+    /// Starts a device's unit, with the arguments of `manifests/systemd/mesh-datapath@.service`.
+    pub fn start_device(&self, node: &str, device: &str) -> Result<()> {
+        let host = self.host(node)?;
         if self.spec.nodes.iter().any(|of| of.name == node && of.datapath == spec::Datapath::WireguardGo) {
-            return self.host(node)?.start_unit("wireguard-go", &["wireguard-go", "-f", DEVICE]);
+            return host.start_unit(&datapath_unit(device), &["wireguard-go", "-f", device]);
         }
         let datapath = self.bins.program("mesh-datapath")?;
-        let argv = [&datapath.to_string_lossy(), "--foreground", "--supervise", "--persist", DEVICE];
-        self.host(node)?.start_unit("mesh-datapath", &argv)
+        let argv = [&datapath.to_string_lossy(), "--foreground", "--supervise", "--persist", device];
+        host.start_unit(&datapath_unit(device), &argv)
     }
 
     /// Starts the agent's unit.
@@ -171,7 +182,7 @@ impl Lab {
         wait::until(format!("node {name} to settle"), limit, || {
             let status = agent.status()?;
             let generation = status.generation;
-            if status.devices.iter().any(|device| device.name == DEVICE && device.state == "up")
+            if status.devices.iter().any(|device| device.public_key.is_some() && device.state == "up")
                 && status.peers.len() == peers
                 && generation.snapshot > 0
                 && generation.enforced >= generation.snapshot
@@ -188,7 +199,7 @@ impl Lab {
     pub fn logs(&self, node: &str) -> String {
         let Ok(host) = self.host(node) else { return String::new() };
         let mut text = String::new();
-        for unit in ["mesh-datapath", "mesh-agent"] {
+        for unit in UNITS {
             let log = host.log(unit);
             let lines: Vec<&str> = log.lines().collect();
             let end = lines.get(lines.len().saturating_sub(15)..).unwrap_or_default();
@@ -381,6 +392,14 @@ impl Lab {
         self.pods.clear();
         self.hosts.clear();
         self.routers.clear();
+    }
+}
+
+/// The unit of a device: `mesh-datapath` for the first, as ever, and `mesh-datapath@margay1` for the second.
+pub fn datapath_unit(device: &str) -> String {
+    match device {
+        DEVICE => "mesh-datapath".to_owned(),
+        other => format!("mesh-datapath@{other}"),
     }
 }
 

@@ -163,10 +163,12 @@ impl KeyStore {
         write().map_err(|problem| StoreError::File { path: path.clone(), problem })
     }
 
-    /// Removes the keys and secrets of every epoch but those of `state`.
+    /// Removes the keys and secrets of every epoch but those of `state`, and secrets that its epochs do not use.
     pub fn sweep(&self, state: &State) -> Result<(), StoreError> {
         for (epoch, path) in self.files()? {
-            if !state.slots.iter().any(|slot| slot.epoch == epoch) {
+            let wanted =
+                |slot: &Slot| slot.epoch == epoch && (slot.preshared || path != self.secret_path(epoch));
+            if !state.slots.iter().any(wanted) {
                 remove(&path).map_err(|problem| StoreError::File { path, problem })?;
             }
         }

@@ -16,9 +16,11 @@ pub const CONTROL_SOCKET: &str = "control.sock";
 pub const STATUS_SOCKET: &str = "status.sock";
 /// Health and Prometheus metrics.
 pub const METRICS_ADDRESS: &str = "127.0.0.1:9475";
-/// The WireGuard device.
-pub const DEVICE: &str = "margay0";
-/// Its UDP port.
+/// The WireGuard device of a new node.
+pub const DEVICE: &str = DEVICES[0];
+/// The WireGuard devices. The key of epoch `e` is in device `e % 2`, so that an old and a new key live side by side.
+pub const DEVICES: [&str; 2] = ["margay0", "margay1"];
+/// UDP port of the first; the second's is the next.
 pub const PORT: u16 = 51820;
 /// Its MTU until the path's is found: 1500 less IPv6 + UDP + WireGuard overhead (40 + 8 + 32).
 pub const MTU: u32 = 1420;

@@ -1,9 +1,12 @@
 //! `GET /v1/status` and friends: what the agent knows, with no secret in it.
 //!
 //! Paths: `/v1/status` → [`Status`]; `/v1/peers` → list of [`PeerStatus`]; `/v1/policies` → list of
-//! [`PolicyStatus`]; `/v1/events` → list of [`DenyEvent`] (newest last); `/v1/dump` → free-form JSON of
-//! snapshot and desired state; `POST /v1/sync` (control socket) → [`Synced`]: every source has been read
-//! again. Wait for enforcement by polling `/v1/status` until `generation.enforced >= Synced.generation`.
+//! [`PolicyStatus`]; `/v1/events` → list of [`DenyEvent`] (newest last); `/v1/keys` → [`RotationStatus`];
+//! `/v1/dump` → free-form JSON of snapshot and desired state.
+//!
+//! On the control socket only: `POST /v1/sync` → [`Synced`]: every source has been read again. Wait for enforcement
+//! by polling `/v1/status` until `generation.enforced >= Synced.generation`. `POST /v1/keys/rotate` → [`Ordered`]:
+//! this node goes to its next epoch. `POST /v1/keys/rotate-all` → [`Ordered`]: `spec.rotationEpoch` is raised.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
@@ -35,6 +38,9 @@ pub struct Status {
     pub endpoints: Vec<EndpointStatus>,
     /// What is wrong, worst first.
     pub issues: Vec<Issue>,
+    /// This node's keys, and how far their rotation is.
+    #[serde(default)]
+    pub rotation: RotationStatus,
 }
 
 /// Snapshot numbers. They grow, and start anew when the agent does.
@@ -246,6 +252,85 @@ pub struct DenyEvent {
     pub reason: String,
     /// The policies that isolate the endpoint, `namespace/name`.
     pub policies: Vec<String>,
+}
+
+/// This node's keys, and how far their rotation is.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct RotationStatus {
+    /// `starting` (no key yet), `steady` (one key), `preparing`, `moving` (peers are moved to the new key) or
+    /// `leaving` (the old key only receives).
+    pub phase: String,
+    /// The keys, newest epoch first.
+    pub keys: Vec<KeyStatus>,
+    /// Seconds since the newest epoch began here.
+    pub age_seconds: Option<u64>,
+    /// `spec.rotationEpoch` of the MeshConfiguration: every node goes at least so far.
+    pub rotation_epoch: u64,
+    /// Seconds until the next epoch is due by `spec.rotation.interval`; none without one.
+    pub due_seconds: Option<u64>,
+    /// Rotations completed since the agent started.
+    pub completed: u64,
+    /// Peers that the rotation waits for.
+    pub waiting: Vec<WaitingPeer>,
+    /// Why the next epoch does not begin though it is asked for; none while nothing is in the way.
+    pub blocked: Option<Blocked>,
+    /// Devices and routes are as the present phase wants them.
+    pub settled: bool,
+}
+
+/// One key of this node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct KeyStatus {
+    /// Its epoch.
+    pub epoch: u64,
+    /// Base64.
+    pub public_key: String,
+    /// The device it is in.
+    pub device: String,
+    /// The device's UDP port.
+    pub port: u16,
+    /// The others are told of it. An old key that they are not told of receives, and does not send.
+    pub announced: bool,
+    /// Handshakes with it need a preshared key.
+    pub preshared: bool,
+}
+
+/// A peer that a rotation waits for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct WaitingPeer {
+    /// The Node's name.
+    pub name: String,
+    /// `NotBegun`, `NoHandshake` or `NotMoved`.
+    pub reason: String,
+    /// A sentence for people.
+    pub message: String,
+}
+
+/// Why an epoch does not begin.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Blocked {
+    /// `NoDevice` or `NoSecret`.
+    pub reason: String,
+    /// A sentence for people.
+    pub message: String,
+}
+
+/// Answer of `POST /v1/keys/rotate` and `/v1/keys/rotate-all`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Ordered {
+    /// The epoch that was asked for.
+    pub epoch: u64,
+    /// The manifest that says so now; none when only this node was asked.
+    #[serde(default)]
+    pub file: Option<String>,
+    /// Why it does not begin yet.
+    #[serde(default)]
+    pub blocked: Option<Blocked>,
 }
 
 /// Answer of `POST /v1/sync`.

@@ -76,6 +76,11 @@ pub(crate) enum Command {
     /// Network policies
     #[command(subcommand)]
     Policy(Policy),
+    /// This node's keys: epochs, devices, how far their rotation is, whom it waits for and why
+    Keys {
+        #[command(subcommand)]
+        command: Option<Keys>,
+    },
     /// Packets that policy dropped, newest last
     Events {
         /// Go on printing new ones
@@ -86,6 +91,19 @@ pub(crate) enum Command {
     Dump,
     /// Read every source again and wait until the result is enforced
     Sync,
+}
+
+/// `meshctl keys …`
+#[derive(Debug, Clone, Subcommand)]
+pub(crate) enum Keys {
+    /// What is printed without a command
+    Show,
+    /// Give this node a new key; nothing is lost, and the others follow
+    Rotate {
+        /// Ask all nodes, by raising spec.rotationEpoch in the manifest of the MeshConfiguration
+        #[arg(long)]
+        all: bool,
+    },
 }
 
 /// `meshctl policy …`

@@ -4,9 +4,11 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use mesh_api::defaults;
-use mesh_api::status::{DenyEvent, PeerState, PeerStatus, PolicyStatus, Status, Synced};
+use mesh_api::status::{
+    DenyEvent, Ordered, PeerState, PeerStatus, PolicyStatus, RotationStatus, Status, Synced,
+};
 
-use crate::args::{Args, Command, Format, Global, Policy};
+use crate::args::{Args, Command, Format, Global, Keys, Policy};
 use crate::client::{Client, ClientError};
 use crate::{output, render};
 
@@ -31,7 +33,9 @@ pub(crate) async fn run(args: Args) -> u8 {
             }
         };
         // A watch outlives a restart of the agent.
-        match args.global.watch {
+        // An order is given once.
+        let repeats = !matches!(args.command, Command::Keys { command: Some(Keys::Rotate { .. }) });
+        match args.global.watch.filter(|_| repeats) {
             Some(interval) => tokio::time::sleep(interval).await,
             None => return code,
         }
@@ -85,6 +89,15 @@ async fn once(client: &Client, global: &Global, command: &Command) -> anyhow::Re
         Command::Policy(Policy::List) => {
             let policies: Vec<PolicyStatus> = client.get("/v1/policies").await?;
             output::print(format, &policies, |policies| render::policies::table(policies))?;
+        }
+        Command::Keys { command: None | Some(Keys::Show) } => {
+            let rotation: RotationStatus = client.get("/v1/keys").await?;
+            output::print(format, &rotation, render::keys::table)?;
+        }
+        Command::Keys { command: Some(Keys::Rotate { all }) } => {
+            let path = if *all { "/v1/keys/rotate-all" } else { "/v1/keys/rotate" };
+            let ordered: Ordered = client.post(path).await?;
+            output::print(format, &ordered, render::keys::ordered)?;
         }
         Command::Events { follow } => events(client, global, *follow).await?,
         Command::Dump => {

@@ -9,7 +9,9 @@ use std::process::{Command, Output};
 const STATUS: &str = r#"{"node":"alpha","version":"0.1.0","uptimeSeconds":5,
   "generation":{"snapshot":3,"enforced":3,"policy":3},
   "devices":[],"peers":[],"sources":[],"reconcilers":[],"endpoints":[],
-  "issues":[{"object":"Node/b","field":"","reason":"DuplicateKey","message":"it is alpha's"}]}"#;
+  "issues":[{"object":"Node/b","field":"","reason":"DuplicateKey","message":"it is alpha's"}],
+  "rotation":{"phase":"steady","keys":[],"ageSeconds":null,"rotationEpoch":0,"dueSeconds":null,"completed":0,
+    "waiting":[],"blocked":null,"settled":true}}"#;
 
 /// Answers every request on `path` with `status` and `body`, until the test ends.
 fn serve(path: &Path, status: &'static str, body: &'static str) {
@@ -69,6 +71,27 @@ fn json_and_yaml_carry_the_whole_answer() {
     assert_eq!(serde_json::from_str::<serde_json::Value>(&json).unwrap(), given);
     let (_, yaml, _) = meshctl(&socket, &["status", "-o", "yaml"]);
     assert_eq!(serde_saphyr::from_str::<serde_json::Value>(&yaml).unwrap(), given);
+}
+
+#[test]
+fn an_order_to_change_keys_is_answered_and_a_refused_one_exits_5() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("a.sock");
+    serve(&socket, "200 OK", r#"{"epoch":7,"file":"/m/mesh.yaml","blocked":null}"#);
+    let (code, out, _) = meshctl(&socket, &["keys", "rotate", "--all"]);
+    assert_eq!(
+        (code, out.trim()),
+        (0, "/m/mesh.yaml asks all nodes for epoch 7; `meshctl keys` shows how far it is")
+    );
+    let (code, out, _) = meshctl(&socket, &["keys", "rotate", "-o", "json"]);
+    assert_eq!(
+        (code, serde_json::from_str::<serde_json::Value>(&out).unwrap()["epoch"].as_u64()),
+        (0, Some(7))
+    );
+    let refusing = dir.path().join("b.sock");
+    serve(&refusing, "403 Forbidden", r#"{"error":"only on control.sock"}"#);
+    let (code, _, err) = meshctl(&refusing, &["keys", "rotate"]);
+    assert!(code == 5 && err.contains("only on control.sock"), "{code} {err}");
 }
 
 #[test]

@@ -25,6 +25,7 @@ async fn served(metrics: &str) -> Served {
         store: Store::new(&[]),
         denied: DenyLog::default(),
         metrics: Arc::new(Metrics::default()),
+        keys: None,
     };
     let run_dir = directory.path().to_owned();
     let (metrics, ended) = (metrics.to_owned(), cancel.clone());

@@ -9,6 +9,7 @@ use kube::CustomResource;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::rotation::RotationSpec;
 use crate::snapshot::{Labels, MeshSpec};
 use crate::source::decode::problem::Problems;
 use crate::source::decode::{cidr, selector};
@@ -50,9 +51,9 @@ pub struct MeshConfigurationSpec {
     #[serde(default = "mtu")]
     #[schemars(range(min = 1280, max = 65455))]
     pub mtu: u32,
-    /// UDP port that nodes listen on for their peers.
+    /// UDP port that nodes listen on for their peers. The next one is the second device's, which keys change to.
     #[serde(default = "listen_port")]
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = 65534))]
     pub listen_port: u16,
     /// Seconds between keepalives to every peer, which keep a NAT's mapping alive; 0 for none.
     #[serde(default)]
@@ -60,6 +61,13 @@ pub struct MeshConfigurationSpec {
     /// Source NAT for what pods send out of the cluster.
     #[serde(default)]
     pub masquerade: MasqueradeSpec,
+    /// Every node goes at least to this epoch, and with each epoch to a new key. `meshctl keys rotate --all` raises it.
+    #[serde(default)]
+    #[schemars(range(min = 0, max = 9_007_199_254_740_991_u64))]
+    pub rotation_epoch: u64,
+    /// When keys change, the same on every node.
+    #[serde(default)]
+    pub rotation: RotationSpec,
     /// What differs on some nodes. Of several that select a node the later wins, field by field.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub overrides: Vec<Override>,
@@ -113,7 +121,7 @@ pub struct Override {
     pub mtu: Option<u32>,
     /// In place of `spec.listenPort`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = 65534))]
     pub listen_port: Option<u16>,
     /// In place of `spec.persistentKeepalive`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -161,6 +169,7 @@ impl MeshConfigurationSpec {
         check_mtu(self.mtu, "mtu", &mut errors);
         check_port(self.listen_port, "listenPort", &mut errors);
         check_masquerade(&self.masquerade, "masquerade", &mut errors);
+        self.rotation.check(self.rotation_epoch, &mut errors);
         for (index, entry) in self.overrides.iter().enumerate() {
             let field = format!("overrides[{index}]");
             let mut problems = Problems::default();
@@ -187,6 +196,7 @@ impl MeshConfigurationSpec {
             strict_encryption: self.strict_encryption,
             listen_port: self.listen_port,
             persistent_keepalive: self.persistent_keepalive,
+            rotation: self.rotation.settings(self.rotation_epoch),
             ..MeshSpec::default()
         };
         let mut masquerade = &self.masquerade;
@@ -226,8 +236,9 @@ fn check_mtu(mtu: u32, field: &str, errors: &mut Vec<(String, String)>) {
 }
 
 fn check_port(port: u16, field: &str, errors: &mut Vec<(String, String)>) {
-    if port == 0 {
-        errors.push((field.to_owned(), "0 is not in 1-65535".to_owned()));
+    // The last one has no next for the second device.
+    if port == 0 || port == u16::MAX {
+        errors.push((field.to_owned(), format!("{port} is not in 1-65534")));
     }
 }
 

@@ -164,6 +164,7 @@ fn type_of(name: &str, schema: &Value) -> String {
         }
         "string" => match schema.get("format").and_then(Value::as_str) {
             Some("cidr") => "prefix".to_owned(),
+            Some("duration") => "duration".to_owned(),
             _ => "string".to_owned(),
         },
         "boolean" => "true or false".to_owned(),

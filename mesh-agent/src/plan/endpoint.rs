@@ -2,39 +2,45 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use keyservice::{Admitted, PublicKey};
+use keyservice::{Admitted, KeyClaim, PublicKey};
 use mesh_api::status::Issue;
 
-use super::{ANNOTATION_ENDPOINT_OVERRIDE, in_any, is_reachable, issue};
+use super::{ANNOTATION_ENDPOINT_OVERRIDE, in_any, is_reachable, issue, port_of, shifted};
 use crate::snapshot::{Node, Snapshot};
 
-/// Of the operator's word, what the peer announces (only addresses its Node object has, if that has any),
-/// the Node object's InternalIPs, and where it was last heard from, the first that can be and did not fail
-/// lately. The operator's word is not doubted.
+/// Where to reach `key` of the peer. Of the operator's word, what the peer announces (only addresses its Node
+/// object has, if that has any), the Node object's InternalIPs, and where it was last heard from, the first that can
+/// be and did not fail lately. The operator's word is not doubted.
 pub(super) fn choose(
     snapshot: &Snapshot,
     peer: &Admitted,
+    key: &KeyClaim,
     node: Option<&Node>,
     issues: &mut Vec<Issue>,
 ) -> Option<SocketAddr> {
-    let key = peer.keys.first()?;
     if let Some(text) = node.and_then(|node| node.annotations.get(ANNOTATION_ENDPOINT_OVERRIDE)) {
-        match parse(text, key.port) {
+        match parse(text, key) {
             Some(endpoint) if can_be(snapshot, endpoint) => return Some(endpoint),
             _ => {
                 let field = format!("metadata.annotations[{ANNOTATION_ENDPOINT_OVERRIDE}]");
                 let message = format!("{text:?} is no address and port that can be reached; ignored");
-                issues.push(issue(format!("Node/{}", peer.name), &field, "InvalidEndpoint", message));
+                let found = issue(format!("Node/{}", peer.name), &field, "InvalidEndpoint", message);
+                // Once, not for each of its keys.
+                if !issues.contains(&found) {
+                    issues.push(found);
+                }
             }
         }
     }
+    // The announced ports are the newest key's.
+    let newest = peer.keys.first().map_or(key.port, |newest| newest.port);
     let (internal, external) =
         node.map(|node| (node.internal_ips.as_slice(), node.external_ips.as_slice())).unwrap_or_default();
     let named = |ip: IpAddr| internal.contains(&ip) || external.contains(&ip);
     let announced = peer
         .endpoints
         .iter()
-        .copied()
+        .filter_map(|endpoint| shifted(*endpoint, newest, key.port))
         .filter(|endpoint| (internal.is_empty() && external.is_empty()) || named(endpoint.ip()));
     let of_node = internal.iter().chain(external).map(|ip| SocketAddr::new(*ip, key.port));
     let learned = learned(snapshot, &key.public_key);
@@ -48,8 +54,10 @@ pub(super) fn learned(snapshot: &Snapshot, key: &PublicKey) -> Option<SocketAddr
     snapshot.local.learned_endpoints.get(key).copied()
 }
 
-fn parse(text: &str, port: u16) -> Option<SocketAddr> {
-    text.parse().ok().or_else(|| text.parse().ok().map(|ip| SocketAddr::new(ip, port)))
+/// A port given with the address is the first device's.
+fn parse(text: &str, key: &KeyClaim) -> Option<SocketAddr> {
+    let whole = text.parse().ok().and_then(|endpoint| shifted(endpoint, 0, port_of(0, key.epoch)));
+    whole.or_else(|| text.parse().ok().map(|ip| SocketAddr::new(ip, key.port)))
 }
 
 /// Not our own, not inside the tunnel, and of a family this host has addresses of.

@@ -5,16 +5,23 @@ use std::collections::{BTreeMap, BTreeSet};
 use ipnet::IpNet;
 use mesh_api::defaults;
 
-use super::{Own, host_prefix};
+use super::{Own, devices, host_prefix, name_of};
 use crate::desired::{Desired, Link, Masquerade};
 use crate::snapshot::Snapshot;
 
-/// The mesh device and the pods' host-side interfaces, with what belongs on them.
+/// The mesh devices and the pods' host-side interfaces, with what belongs on them.
+///
+/// While keys rotate the tunnel addresses are on both devices: a host answers for its addresses on whichever device
+/// they are asked, and so one can be taken off while packets to it arrive by the other.
 pub(super) fn links(snapshot: &Snapshot, own: &Own, desired: &mut Desired) {
     let link = Link { mtu: snapshot.cluster.mesh.mtu, up: true };
-    desired.links.insert(defaults::DEVICE.to_owned(), link.clone());
-    let addresses = own.tunnel_addresses.iter().copied().map(host_prefix).collect();
-    desired.addresses.insert(defaults::DEVICE.to_owned(), addresses);
+    for device in devices(snapshot) {
+        desired.links.insert(device.to_owned(), link.clone());
+    }
+    let addresses: BTreeSet<IpNet> = own.tunnel_addresses.iter().copied().map(host_prefix).collect();
+    for slot in &snapshot.local.rotation.slots {
+        desired.addresses.insert(name_of(slot.epoch).to_owned(), addresses.clone());
+    }
     for (interface, endpoint) in present(snapshot) {
         desired.links.insert(interface.clone(), link.clone());
         for ip in &endpoint.ips {
@@ -38,7 +45,7 @@ pub(super) fn sysctls(snapshot: &Snapshot, desired: &mut Desired) {
     // The kernel takes the larger of `all` and the interface's own value, so 2 (loose: some route leads back)
     // holds even where `all` is 1 (strict). Who may send from where is checked by policy, exactly.
     let pods = present(snapshot).map(|(interface, _)| interface.as_str());
-    for interface in pods.chain([defaults::DEVICE]) {
+    for interface in pods.chain(devices(snapshot)) {
         set(format!("net/ipv4/conf/{interface}/rp_filter"), "2");
     }
 }
@@ -54,7 +61,11 @@ pub(super) fn masquerade(snapshot: &Snapshot) -> Option<Masquerade> {
     Some(Masquerade {
         sources: mesh.pools.iter().copied().collect(),
         exceptions: without_contained(exceptions.collect()),
-        internal_links: BTreeSet::from([defaults::DEVICE.to_owned(), format!("{}*", defaults::VETH_PREFIX)]),
+        internal_links: defaults::DEVICES
+            .into_iter()
+            .map(str::to_owned)
+            .chain([format!("{}*", defaults::VETH_PREFIX)])
+            .collect(),
     })
 }
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use keyservice::admission::{Rules, admit};
-use keyservice::{Admitted, Announcement, Authority, Claim, Incumbents, Refusal};
+use keyservice::{Admitted, Announcement, Authority, Claim, Incumbents, KeyClaim, Refusal};
 use mesh_api::status::Issue;
 
 use super::{Own, issue, tunnel_address};
@@ -28,16 +28,17 @@ impl Members {
     ) -> Self {
         let local = &snapshot.local;
         let cluster = &snapshot.cluster;
-        let own_keys: Vec<_> = local.public_key.into_iter().collect();
+        let own_keys: Vec<_> = local.keys().collect();
+        let is_ours = |key: &KeyClaim| {
+            own_keys.contains(&key.public_key) || local.former_keys.contains(&key.public_key)
+        };
         let mut claims = Vec::new();
         let mut silent = BTreeMap::new();
         for (name, node) in &cluster.nodes {
             let authority = authority(node);
             match Announcement::from_annotations(name, &node.annotations) {
                 // What we have just said of ourselves is newer than what came back.
-                Ok(Some(said))
-                    if *name == local.node_name
-                        && said.keys.iter().all(|k| own_keys.contains(&k.public_key)) => {}
+                Ok(Some(said)) if *name == local.node_name && said.keys.iter().all(is_ours) => {}
                 Ok(Some(announcement)) => claims.push(Claim { announcement, authority }),
                 Ok(None) => drop(silent.insert(name.clone(), authority)),
                 Err(error) => {
@@ -102,7 +103,7 @@ fn about_own(snapshot: &Snapshot, node: Option<&Node>, own: &Own, issues: &mut V
         let message = "no Node object has this node's name";
         issues.push(issue(object.clone(), "metadata.name", "NodeMissing", message));
     }
-    if snapshot.local.public_key.is_none() {
+    if snapshot.local.rotation.slots.is_empty() {
         issues.push(issue(object.clone(), "", "NoKey", "this node has no key, so it has no tunnels"));
     }
     if own.pod_cidrs.is_empty() {

@@ -4,11 +4,10 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use ebpf_policy::model;
-use mesh_api::defaults;
 
 use super::addresses::Addresses;
 use super::peers::Peers;
-use super::{Own, host_prefix};
+use super::{Own, devices, host_prefix};
 use crate::desired::Policy;
 use crate::snapshot::{ObjectRef, Pod, Snapshot};
 
@@ -24,7 +23,7 @@ pub(super) fn policy(snapshot: &Snapshot, own: &Own, peers: &Peers, addresses: &
             policies: cluster.policies.values().cloned().collect(),
         },
         endpoints: snapshot.endpoints.clone(),
-        tunnels: BTreeSet::from([defaults::DEVICE.to_owned()]),
+        tunnels: devices(snapshot).into_iter().map(str::to_owned).collect(),
         remote_ranges: peers.all_prefixes(),
         own_ranges: own_addresses.map(host_prefix).chain(own.pod_cidrs.iter().copied()).collect(),
     }

@@ -29,7 +29,7 @@ pub(super) fn routes(snapshot: &Snapshot, members: &Members, peers: &Peers) -> B
         out.extend(mesh.pools.iter().map(|pool| unreachable(defaults::TABLE, *pool)));
         let nodes = snapshot.cluster.nodes.iter().filter(|(name, _)| **name != snapshot.local.node_name);
         let elsewhere = nodes.flat_map(|(_, node)| &node.internal_ips).filter(|ip| {
-            !peers.node_addresses.contains(ip)
+            !peers.node_addresses.contains_key(ip)
                 && !members.own.addresses.contains(ip)
                 && !snapshot.local.addresses.contains(ip)
                 && !in_any(&mesh.pools, **ip)
@@ -46,18 +46,18 @@ pub(super) fn routes(snapshot: &Snapshot, members: &Members, peers: &Peers) -> B
             metric: METRIC,
         }));
     }
-    let through_tunnel = |table, dst: IpNet, src| Route {
+    let through_tunnel = |table, dst: IpNet, device: usize, src| Route {
         table,
         dst,
-        target: RouteTarget::Device { name: defaults::DEVICE.to_owned(), src },
+        target: RouteTarget::Device { name: defaults::DEVICES[device].to_owned(), src },
         metric: METRIC,
     };
-    for prefix in &peers.pod_prefixes {
+    for (prefix, device) in &peers.pod_prefixes {
         let src = members.own.source_for(prefix.addr(), &snapshot.local.addresses);
-        out.insert(through_tunnel(defaults::TABLE, *prefix, src));
+        out.insert(through_tunnel(defaults::TABLE, *prefix, *device, src));
     }
-    for ip in &peers.node_addresses {
-        out.insert(through_tunnel(defaults::TABLE_FROM_PODS, host_prefix(*ip), None));
+    for (ip, device) in &peers.node_addresses {
+        out.insert(through_tunnel(defaults::TABLE_FROM_PODS, host_prefix(*ip), *device, None));
     }
     out
 }

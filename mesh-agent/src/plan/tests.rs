@@ -1,6 +1,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod laws;
+mod rotation;
 mod table;
 
 use std::collections::BTreeMap;
@@ -8,6 +9,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use ipnet::IpNet;
+use keyservice::rotation::{Slot, State};
 use keyservice::{Announcement, KeyClaim, PublicKey};
 use mesh_api::defaults;
 
@@ -53,6 +55,16 @@ fn pod(node: &str, ips: &[&str]) -> Pod {
     Pod { node: node.into(), ips: ips.iter().copied().map(ip).collect(), ..Pod::default() }
 }
 
+/// A key of this node.
+fn slot(epoch: u64, seed: u8) -> Slot {
+    Slot { epoch, public_key: key(seed), announced: true, preshared: false }
+}
+
+/// Key 1 in epoch 0, and nothing under way.
+fn one_key() -> State {
+    State { slots: vec![slot(0, 1)], ..State::default() }
+}
+
 /// Node `a` of three, with its key and everything read.
 fn three_nodes() -> (Cluster, Snapshot) {
     let mut cluster = Cluster::default();
@@ -63,7 +75,7 @@ fn three_nodes() -> (Cluster, Snapshot) {
         let address = format!("192.0.2.{index}");
         cluster.nodes.insert(name.into(), node(name, index, &[&v4, &v6], &[&address]));
     }
-    let local = Local { node_name: "a".into(), public_key: Some(key(1)), ..Local::default() };
+    let local = Local { node_name: "a".into(), rotation: one_key(), ..Local::default() };
     (cluster, Snapshot { generation: 7, synced: true, local, ..Snapshot::default() })
 }
 

@@ -1,7 +1,8 @@
 //! Keys, peers and allowed IPs of the WireGuard devices.
 //!
 //! A running device is taken over without touching it: only what differs is written, allowed IPs one by
-//! one, and an endpoint only when the desired one changes, so that a peer that roamed stays where it is.
+//! one, and an endpoint only when the desired one changes, so that a peer that roamed stays where it is. Of preshared
+//! keys a device tells only whether there is one, so they are written again after every start; sessions live on.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -19,8 +20,14 @@ use crate::wireguard::{DatapathError, Datapaths, KeyRing, Live};
 /// WireGuard's REJECT_AFTER_TIME (whitepaper section 6.1): an older session carries nothing.
 const REJECT_AFTER: Duration = Duration::from_secs(180);
 
+/// Between two handshakes begun with a peer that [`WireguardPeer::connect`] is for; the device repeats the first ones.
+const CONNECT_EVERY: Duration = Duration::from_secs(5);
+
 /// The desired endpoints as they were last written (or taken over), by peer.
 pub type Endpoints = BTreeMap<PublicKey, SocketAddr>;
+
+/// What the preshared keys on a device were made from, by peer: our key, and the version of its secret.
+pub type Written = BTreeMap<PublicKey, (PublicKey, u64)>;
 
 /// What to change on a device whose key is right or in `keys`. `endpoints` is what was last written.
 pub fn diff(
@@ -33,7 +40,7 @@ pub fn diff(
 ) -> Vec<Op> {
     let mut ops = Vec::new();
     if actual.public_key != Some(desired.public_key) {
-        ops.extend(keys.get(&desired.public_key).cloned().map(Op::SetPrivateKey));
+        ops.extend(keys.get(&desired.public_key).map(Op::SetPrivateKey));
     }
     if actual.listen_port != desired.listen_port {
         ops.push(Op::SetListenPort(desired.listen_port));
@@ -43,9 +50,16 @@ pub fn diff(
     }
     let owned: BTreeSet<IpNet> = desired.peers.values().flat_map(|peer| &peer.allowed_ips).copied().collect();
     for (key, wish) in &desired.peers {
+        let preshared = || match desired.preshared {
+            true => keys.preshared(&desired.public_key, key),
+            false => Some(no_preshared_key()),
+        };
         let update = match actual.peers.get(key) {
-            None => Some(addition(wish)),
-            Some(peer) => change(peer, wish, prune, &owned, endpoints.get(key), now),
+            None => Some(addition(wish, desired.preshared.then(preshared).flatten())),
+            Some(peer) => {
+                let preshared = (peer.has_preshared_key != desired.preshared).then(preshared).flatten();
+                change(peer, wish, preshared, prune, &owned, endpoints.get(key), now)
+            }
         };
         ops.extend(update.map(|update| Op::SetPeer(*key, update)));
     }
@@ -57,11 +71,13 @@ pub fn diff(
     ops
 }
 
-fn addition(wish: &WireguardPeer) -> PeerUpdate {
+fn addition(wish: &WireguardPeer, preshared_key: Option<PresharedKey>) -> PeerUpdate {
     PeerUpdate {
+        preshared_key,
         endpoint: wish.endpoint,
         persistent_keepalive: Some(wish.persistent_keepalive),
         add_allowed_ips: wish.allowed_ips.clone(),
+        initiate: wish.connect && wish.endpoint.is_some(),
         ..PeerUpdate::default()
     }
 }
@@ -70,6 +86,7 @@ fn addition(wish: &WireguardPeer) -> PeerUpdate {
 fn change(
     peer: &Peer,
     wish: &WireguardPeer,
+    preshared_key: Option<PresharedKey>,
     prune: bool,
     owned: &BTreeSet<IpNet>,
     written: Option<&SocketAddr>,
@@ -78,8 +95,7 @@ fn change(
     let stale = peer.allowed_ips.difference(&wish.allowed_ips);
     let update = PeerUpdate {
         update_only: true,
-        // We set none; one that is there breaks every handshake.
-        preshared_key: peer.has_preshared_key.then(|| PresharedKey::from_bytes([0; 32])),
+        preshared_key,
         endpoint: wish
             .endpoint
             .filter(|to| !(wish.learned && is_live(peer, now)) && writes_endpoint(peer, *to, written, now)),
@@ -97,6 +113,52 @@ fn change(
         && update.add_allowed_ips.is_empty()
         && update.remove_allowed_ips.is_empty();
     (!empty).then_some(update)
+}
+
+/// Takes a preshared key away.
+fn no_preshared_key() -> PresharedKey {
+    PresharedKey::from_bytes([0; 32])
+}
+
+/// Preshared keys that are there and may be other ones, beside [`diff`]: `written` is which of our keys and of its
+/// secrets they were last made from, and `version` which it is now.
+pub fn rewrites(
+    actual: &Device,
+    desired: &WireguardDevice,
+    written: &Written,
+    version: Option<u64>,
+    keys: &KeyRing,
+) -> Vec<Op> {
+    let Some(version) = version.filter(|_| desired.preshared) else { return Vec::new() };
+    let present = (desired.public_key, version);
+    let stale = desired.peers.keys().filter(|key| {
+        actual.peers.get(*key).is_some_and(|peer| peer.has_preshared_key)
+            && written.get(*key) != Some(&present)
+    });
+    let rewrite = |key: &PublicKey| {
+        let preshared_key = Some(keys.preshared(&desired.public_key, key)?);
+        Some(Op::SetPeer(*key, PeerUpdate { update_only: true, preshared_key, ..PeerUpdate::default() }))
+    };
+    stale.filter_map(rewrite).collect()
+}
+
+/// The peers with which a session is wanted and none was made lately. `begun` is when one was last asked for.
+pub fn connections(
+    actual: &Device,
+    desired: &WireguardDevice,
+    begun: &BTreeMap<PublicKey, SystemTime>,
+    now: SystemTime,
+) -> Vec<PublicKey> {
+    let lately = |at: &SystemTime| now.duration_since(*at).is_ok_and(|age| age < CONNECT_EVERY);
+    let due = desired.peers.iter().filter(|(key, wish)| {
+        wish.connect
+            && actual.peers.get(*key).is_some_and(|peer| {
+                let reachable = wish.endpoint.is_some() || peer.endpoint.is_some();
+                reachable && !peer.last_handshake.as_ref().is_some_and(lately)
+            })
+            && !begun.get(*key).is_some_and(lately)
+    });
+    due.map(|(key, _)| *key).collect()
 }
 
 /// What to do for peers that are to be tried afresh, beside [`diff`]: the desired endpoint again if the one in use
@@ -171,12 +233,24 @@ pub struct WireguardReconciler {
     /// The newest attempt to reach a peer that was carried out, by device.
     tried: BTreeMap<String, BTreeMap<PublicKey, u64>>,
     live: Live,
+    /// What preshared keys were last made from, by device.
+    written: BTreeMap<String, Written>,
+    /// When a session was last asked for, by device.
+    begun: BTreeMap<String, BTreeMap<PublicKey, SystemTime>>,
 }
 
 impl WireguardReconciler {
     /// Over these devices, with the node's keys.
     pub fn new(datapaths: Box<dyn Datapaths>, keys: KeyRing) -> Self {
-        Self { datapaths, keys, endpoints: BTreeMap::new(), tried: BTreeMap::new(), live: Live::default() }
+        Self {
+            datapaths,
+            keys,
+            endpoints: BTreeMap::new(),
+            tried: BTreeMap::new(),
+            live: Live::default(),
+            written: BTreeMap::new(),
+            begun: BTreeMap::new(),
+        }
     }
 
     /// Begins handshakes at once with peers of a device that was replaced, which are noted there.
@@ -211,6 +285,12 @@ impl WireguardReconciler {
             let message = "gets its key when its policy is in place";
             return Err(ReconcileError::new(format_args!("device {name}"), message));
         }
+        // Read before any preshared key is made: one that changes meanwhile is made again at the next pass.
+        let version = self.keys.secret_version(&wish.public_key);
+        if wish.preshared && version.is_none() {
+            let message = format!("the secret of {} is not on this node", wish.public_key);
+            return Err(ReconcileError::new(format_args!("device {name}"), message));
+        }
         let endpoints = self.endpoints.entry(name.to_owned()).or_default();
         #[allow(clippy::disallowed_methods)] // The edge: diff takes it as a value.
         let now = SystemTime::now();
@@ -218,6 +298,12 @@ impl WireguardReconciler {
         let tried = self.tried.entry(name.to_owned()).or_default();
         ops.extend(retries(&actual, wish, tried));
         initiate(&mut ops, &actual, &self.live.of(name));
+        let written = self.written.entry(name.to_owned()).or_default();
+        ops.extend(rewrites(&actual, wish, written, version, &self.keys));
+        let begun = self.begun.entry(name.to_owned()).or_default();
+        let connect = connections(&actual, wish, begun, now);
+        let initiate = PeerUpdate { update_only: true, initiate: true, ..PeerUpdate::default() };
+        ops.extend(connect.iter().map(|key| Op::SetPeer(*key, initiate.clone())));
         let count = ops.len() as u64;
         if count > 0 {
             datapath.apply(ops).await.map_err(failed)?;
@@ -225,17 +311,38 @@ impl WireguardReconciler {
         }
         self.live.forget(name);
         *tried = wish.peers.iter().map(|(key, peer)| (*key, peer.reach.attempt)).collect();
+        *written = version
+            .filter(|_| wish.preshared)
+            .map(|version| wish.peers.keys().map(|key| (*key, (wish.public_key, version))).collect())
+            .unwrap_or_default();
+        begun.retain(|key, _| wish.peers.contains_key(key));
+        let added = wish.peers.iter().filter(|(key, peer)| peer.connect && !actual.peers.contains_key(*key));
+        begun.extend(connect.into_iter().chain(added.map(|(key, _)| *key)).map(|key| (key, now)));
         *endpoints = wish.peers.iter().filter_map(|(key, peer)| peer.endpoint.map(|to| (*key, to))).collect();
         Ok(())
     }
 
-    async fn strip(&mut self, name: &str, report: &mut Report) -> Result<(), ReconcileError> {
+    async fn strip(
+        &mut self,
+        name: &str,
+        desired: &Desired,
+        report: &mut Report,
+    ) -> Result<(), ReconcileError> {
         self.endpoints.remove(name);
         self.tried.remove(name);
+        self.written.remove(name);
+        self.begun.remove(name);
         let datapath = self.datapaths.open(name);
         let failed = |error: DatapathError| ReconcileError::new(format_args!("device {name}"), error);
         let ops = match datapath.read().await {
-            Ok(actual) => diff_unwanted(&actual),
+            Ok(actual) => {
+                let mut ops = diff_unwanted(&actual);
+                // A device that nobody needs must not be in the way of one that somebody does.
+                if desired.wireguard.values().any(|wish| wish.listen_port == actual.listen_port) {
+                    ops.push(Op::SetListenPort(0));
+                }
+                ops
+            }
             // A dead datapath has taken its key and peers along.
             Err(DatapathError::Absent(_)) => return Ok(()),
             Err(error) => return Err(failed(error)),
@@ -274,7 +381,7 @@ impl Reconciler for WireguardReconciler {
             if desired.prune {
                 let unwanted = self.datapaths.names();
                 for name in unwanted.iter().filter(|name| !desired.wireguard.contains_key(*name)) {
-                    if let Err(error) = self.strip(name, &mut report).await {
+                    if let Err(error) = self.strip(name, desired, &mut report).await {
                         report.errors.push(error);
                     }
                 }

@@ -30,7 +30,7 @@ impl<'a> From<(&'a str, &'a FileObjects)> for Entry<'a> {
 
 impl Entry<'_> {
     /// The name of the node whose announcement this file is for, if it is one.
-    fn announces(&self) -> Option<&str> {
+    pub(crate) fn announces(&self) -> Option<&str> {
         let name = self.place.strip_prefix("nodes/")?.strip_suffix(".margay.yaml")?;
         (!name.contains('/')).then_some(name)
     }

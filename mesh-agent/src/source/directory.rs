@@ -3,6 +3,7 @@
 //! inotify says when to look; a walk of the tree says what there is. A look every few seconds makes up for
 //! events that never come (network file systems, a full queue).
 
+pub mod edit;
 pub mod file;
 pub mod scan;
 #[cfg(test)]

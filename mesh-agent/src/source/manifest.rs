@@ -74,6 +74,14 @@ pub fn read_json(text: &str) -> Manifests {
     out
 }
 
+/// Everything a file says, document by document, of whatever kind; `None` when a part cannot be read.
+pub(crate) fn values(text: &str, json: bool) -> Option<Vec<Value>> {
+    match json {
+        true => serde_json::from_str(text).ok().map(|value| vec![value]),
+        false => documents(text).into_iter().map(|(_, document)| yaml(document).ok()).collect(),
+    }
+}
+
 /// All of a manifest that is read before we know that it concerns us: of a Secret nothing else ever is.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]

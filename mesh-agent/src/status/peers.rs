@@ -121,6 +121,7 @@ mod tests {
             persistent_keepalive: 0,
             learned: false,
             reach: Default::default(),
+            connect: false,
         };
         let key = PublicKey::from_bytes([1; 32]);
         PeerStatus {

@@ -14,9 +14,15 @@ fn planned() -> Board {
         persistent_keepalive: 0,
         learned: false,
         reach: Default::default(),
+        connect: false,
     };
-    let device =
-        WireguardDevice { public_key: key(1), listen_port: 51820, fwmark: 0, peers: [(key(2), peer)].into() };
+    let device = WireguardDevice {
+        public_key: key(1),
+        listen_port: 51820,
+        fwmark: 0,
+        preshared: false,
+        peers: [(key(2), peer)].into(),
+    };
     let desired =
         Desired { generation: 3, wireguard: [("margay0".to_owned(), device)].into(), ..Desired::default() };
     let board = Board::new(&["policy", "routes"]);

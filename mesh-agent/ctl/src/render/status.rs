@@ -41,8 +41,16 @@ fn head(status: &Status) -> String {
     } else {
         format!("waiting for {}", waiting.join(", "))
     };
+    let rotation = &status.rotation;
+    // Steady is as it should be.
+    let keys = match rotation.keys.first() {
+        Some(key) if rotation.phase != "steady" => {
+            format!("\nKeys      {} to epoch {}, `meshctl keys` says more", rotation.phase, key.epoch)
+        }
+        _ => String::new(),
+    };
     format!(
-        "Node      {}\nAgent     {}, up {}\nMesh      {}\nState     {enforced}\nSources   {sources}",
+        "Node      {}\nAgent     {}, up {}\nMesh      {}\nState     {enforced}\nSources   {sources}{keys}",
         status.node,
         status.version,
         age(status.uptime_seconds),
@@ -185,6 +193,7 @@ mod tests {
                 policy: "open".to_owned(),
             }],
             issues: Vec::new(),
+            rotation: Default::default(),
         }
     }
 

@@ -31,9 +31,32 @@ fn name() -> impl Strategy<Value = String> {
     prop_oneof![Just("a"), Just("b"), Just("c"), Just("d")].prop_map(str::to_owned)
 }
 
+/// Where a rotation may be, with memories that may contradict what is announced.
+fn some_rotation() -> impl Strategy<Value = State> {
+    let held = (name(), 1u8..12, 0u64..4).prop_map(|(name, seed, epoch)| (name, claim(seed, epoch)));
+    (0u64..3, 0u8..6, proptest::collection::btree_set(name(), 0..3), vec(held, 0..3)).prop_map(
+        |(epoch, phase, moved, held)| {
+            let new = |announced| Slot { announced, ..slot(epoch + 1, 10) };
+            let old = |announced| Slot { announced, ..slot(epoch, 1) };
+            let slots = match phase {
+                0 | 1 => vec![old(phase == 0)],
+                2 => vec![new(false), old(true)],
+                3 => vec![new(true), old(true)],
+                _ => vec![new(true), old(false)],
+            };
+            State { slots, moved, held: held.into_iter().collect(), ..State::default() }
+        },
+    )
+}
+
+fn claim(seed: u8, epoch: u64) -> KeyClaim {
+    KeyClaim { public_key: key(seed), port: defaults::PORT + (epoch % 2) as u16, epoch }
+}
+
 prop_compose! {
     fn some_node()(
         seed in 1u8..6,
+        (epoch, second_key) in (0u64..4, any::<bool>()),
         announces in 0u8..8,
         prefixes in vec(prefix(), 0..3),
         announced in vec(prefix(), 0..2),
@@ -46,6 +69,10 @@ prop_compose! {
         let mut node = node("", seed, &[], &[]);
         let mut announcement = Announcement::from_annotations("x", &node.annotations).unwrap().unwrap();
         announcement.pod_cidrs = announced;
+        announcement.keys = vec![claim(seed, epoch)];
+        if second_key {
+            announcement.keys.insert(0, claim(seed + 5, epoch + 1));
+        }
         announcement.endpoints = endpoints.into_iter().map(|(ip, port)| SocketAddr::new(ip, port)).collect();
         node.annotations = announcement.to_annotations();
         match announces {
@@ -86,6 +113,7 @@ prop_compose! {
         (has_key, synced, strict) in (prop::bool::weighted(0.9), any::<bool>(), any::<bool>()),
         announced in vec(prefix(), 0..2),
         host in vec(address(), 0..3),
+        (rotation, second) in (some_rotation(), any::<bool>()),
     ) -> Snapshot {
         let mut cluster = Cluster { nodes, ..Cluster::default() };
         cluster.pods = pods.into_iter().map(|(name, pod)| (pod_name(&name), pod)).collect();
@@ -96,7 +124,8 @@ prop_compose! {
         });
         let local = Local {
             node_name: "a".into(),
-            public_key: has_key.then(|| key(1)),
+            rotation: if has_key { rotation } else { State::default() },
+            devices: if second { ["margay0".to_owned(), "margay1".to_owned()].into() } else { Default::default() },
             pod_cidrs: announced,
             addresses: host,
             ..Local::default()
@@ -120,27 +149,60 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 512, ..ProptestConfig::default() })]
 
     #[test]
-    fn no_prefix_is_in_two_peers_and_none_of_ours_in_any(snapshot in some_snapshot()) {
+    fn no_prefix_is_in_two_peers_of_a_device_and_none_of_ours_in_any(snapshot in some_snapshot()) {
         let planned = plan(&snapshot);
-        let mut seen = BTreeSet::new();
         let own = planned.own.addresses.iter().chain(&planned.own.tunnel_addresses).copied().map(IpNet::from);
         let own: BTreeSet<IpNet> = own.chain(planned.own.pod_cidrs.iter().copied()).collect();
-        for peer in all_peers(&planned) {
-            for prefix in &peer.allowed_ips {
-                prop_assert!(seen.insert(*prefix), "{prefix} is in two peers");
-                prop_assert!(!own.contains(prefix), "{prefix} is ours and in {}", peer.name);
-                prop_assert_eq!(*prefix, prefix.trunc());
+        for device in planned.desired.wireguard.values() {
+            let mut seen = BTreeSet::new();
+            for peer in device.peers.values() {
+                for prefix in &peer.allowed_ips {
+                    prop_assert!(seen.insert(*prefix), "{prefix} is in two peers");
+                    prop_assert!(!own.contains(prefix), "{prefix} is ours and in {}", peer.name);
+                    prop_assert_eq!(*prefix, prefix.trunc());
+                }
+                prop_assert!(peer.name != "a");
             }
-            prop_assert!(peer.name != "a");
         }
+    }
+
+    #[test]
+    fn what_a_peer_owns_is_the_same_on_every_device(snapshot in some_snapshot()) {
+        let planned = plan(&snapshot);
+        for one in all_peers(&planned) {
+            for other in all_peers(&planned).into_iter().filter(|other| other.name == one.name) {
+                prop_assert_eq!(&one.allowed_ips, &other.allowed_ips);
+            }
+        }
+    }
+
+    #[test]
+    fn the_announced_keys_are_in_their_devices_and_no_other_key_is(snapshot in some_snapshot()) {
+        let planned = plan(&snapshot);
+        let slots = &snapshot.local.rotation.slots;
+        prop_assert_eq!(planned.desired.wireguard.len(), slots.len());
+        for slot in slots {
+            let device = &planned.desired.wireguard[defaults::DEVICES[(slot.epoch % 2) as usize]];
+            prop_assert_eq!(device.public_key, slot.public_key);
+            prop_assert!(!device.peers.keys().any(|key| slots.iter().any(|slot| slot.public_key == *key)));
+        }
+        let Some(announced) = planned.announcement else { return Ok(()) };
+        let wanted: Vec<_> = slots.iter().filter(|slot| slot.announced).map(|slot| slot.public_key).collect();
+        prop_assert_eq!(announced.keys.iter().map(|key| key.public_key).collect::<Vec<_>>(), wanted);
+        for key in &announced.keys {
+            let device = &planned.desired.wireguard[defaults::DEVICES[(key.epoch % 2) as usize]];
+            prop_assert_eq!((device.public_key, device.listen_port), (key.public_key, key.port));
+        }
+        prop_assert!(announced.endpoints.iter().all(|endpoint| endpoint.port() == announced.keys[0].port));
     }
 
     #[test]
     fn every_route_into_the_tunnel_is_exactly_one_peers(snapshot in some_snapshot()) {
         let planned = plan(&snapshot);
         for route in &planned.desired.routes {
-            if let RouteTarget::Device { name, .. } = &route.target && name == defaults::DEVICE && snapshot.local.public_key.is_some() {
-                let owners = all_peers(&planned).iter().filter(|peer| peer.allowed_ips.contains(&route.dst)).count();
+            if let RouteTarget::Device { name, .. } = &route.target && name.starts_with("margay") {
+                let peers = planned.desired.wireguard[name].peers.values();
+                let owners = peers.filter(|peer| peer.allowed_ips.contains(&route.dst)).count();
                 prop_assert_eq!(owners, 1, "{:?}", route);
             }
         }

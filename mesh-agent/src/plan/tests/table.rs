@@ -189,7 +189,7 @@ fn what_is_missing_of_this_node_is_told_and_harms_nobody() {
     snapshot.local.pod_cidrs = vec![net("10.244.1.0/24")];
     let planned = plan_of(cluster.clone(), snapshot.clone());
     assert_eq!(planned.own.pod_cidrs, [net("10.244.1.0/24")], "announced, since no authority names any");
-    snapshot.local.public_key = None;
+    snapshot.local.rotation = State::default();
     let planned = plan_of(cluster, snapshot.clone());
     assert!(planned.desired.wireguard.is_empty() && !planned.desired.prune && planned.announcement.is_none());
     let planned = plan_of(Cluster::default(), snapshot);
@@ -252,7 +252,7 @@ fn masquerade_spares_pools_nodes_and_exceptions() {
         ["10.244.0.0/16", "172.16.0.0/12", "192.0.2.0/24", "fd00:10::/32"],
         "without overlaps"
     );
-    assert!(masquerade.internal_links.iter().eq(["margay0", "mgy*"]));
+    assert!(masquerade.internal_links.iter().eq(["margay0", "margay1", "mgy*"]));
     cluster.mesh.masquerade = false;
     assert_eq!(plan_of(cluster, snapshot).desired.masquerade, None);
 }

@@ -36,6 +36,7 @@ fn peer(prefixes: &[&str], endpoint: u16) -> WireguardPeer {
         persistent_keepalive: 0,
         learned: false,
         reach: Reach::default(),
+        connect: false,
     }
 }
 
@@ -44,6 +45,7 @@ fn device(peers: impl IntoIterator<Item = (u8, WireguardPeer)>) -> WireguardDevi
         public_key: own().public(),
         listen_port: 51820,
         fwmark: 0,
+        preshared: false,
         peers: peers.into_iter().map(|(n, peer)| (key(n), peer)).collect(),
     }
 }
@@ -109,6 +111,100 @@ async fn a_peer_to_be_tried_afresh_is_once_and_leaves_a_failed_endpoint() {
     assert_eq!(pass(&mut agent, &retry).await, 1);
     let seen = crate::wireguard::Datapath::read(&datapath).await.unwrap();
     assert_eq!(seen.peers[&key(1)].endpoint, Some(at(1)));
+}
+
+/// A key ring whose key has this secret.
+fn ring(secret: &[u8]) -> KeyRing {
+    let ring = KeyRing::default();
+    put(&ring, secret);
+    ring
+}
+
+fn put(ring: &KeyRing, secret: &[u8]) {
+    let secret = Some(keyservice::rotation::Secret::new(secret).unwrap());
+    ring.put(0, &keyservice::rotation::SlotKey { private: own(), secret });
+}
+
+#[tokio::test]
+async fn preshared_keys_are_written_once_again_after_a_start_and_when_they_change() {
+    let datapath = MemoryDatapath::default();
+    let datapaths = MemoryDatapaths([("margay0".to_owned(), datapath.clone())].into());
+    let agent = |ring: &KeyRing| WireguardReconciler::new(Box::new(datapaths.clone()), ring.clone());
+    let ring = ring(b"a secret of sixteen bytes");
+    let peers = || device([(1, peer(&["10.1.0.0/24"], 1)), (2, peer(&["10.2.0.0/24"], 2))]);
+    let wish = desired(WireguardDevice { preshared: true, ..peers() });
+    let written = |ops: Vec<Op>| {
+        let key = |op| match op {
+            Op::SetPeer(key, PeerUpdate { preshared_key: Some(preshared), .. }) => Some((key, preshared)),
+            _ => None,
+        };
+        ops.into_iter().filter_map(key).collect::<Vec<_>>()
+    };
+    let mut first = agent(&ring);
+    assert!(pass(&mut first, &wish).await > 0);
+    let keys = written(datapath.take_applied());
+    assert_eq!(keys.len(), 2);
+    assert!(
+        keys.iter()
+            .all(|(peer, preshared)| ring.preshared(&own().public(), peer).as_ref() == Some(preshared))
+    );
+    assert_eq!(pass(&mut first, &wish).await, 0);
+    // Nobody can tell what another agent wrote.
+    let mut second = agent(&ring);
+    assert_eq!((pass(&mut second, &wish).await, pass(&mut second, &wish).await), (2, 0));
+    assert!(written(datapath.take_applied()) == keys);
+    put(&ring, b"another secret of many bytes");
+    assert_eq!((pass(&mut second, &wish).await, pass(&mut second, &wish).await), (2, 0));
+    assert!(written(datapath.take_applied()).iter().all(|new| !keys.contains(new)));
+    // A datapath that lost everything gets them with its peers.
+    datapath.change(|device| *device = Device::default());
+    pass(&mut second, &wish).await;
+    assert_eq!(written(datapath.take_applied()).len(), 2);
+    assert_eq!(
+        (pass(&mut second, &desired(peers())).await, pass(&mut second, &desired(peers())).await),
+        (2, 0)
+    );
+    assert!(written(datapath.take_applied()).iter().all(|(_, preshared)| preshared.is_none()));
+}
+
+#[tokio::test]
+async fn without_its_secret_a_device_is_left_alone() {
+    let datapath = MemoryDatapath::default();
+    let wish = WireguardDevice { preshared: true, ..device([(1, peer(&["10.1.0.0/24"], 1))]) };
+    let report = reconciler(&datapath).reconcile(&desired(wish)).await.unwrap();
+    assert!(report.errors[0].to_string().contains("the secret of"), "{report:?}");
+    assert!(datapath.take_applied().is_empty());
+}
+
+#[test]
+fn a_session_that_is_wanted_is_asked_for_until_it_is_there_and_not_all_the_time() {
+    let wish = device([(1, WireguardPeer { connect: true, ..peer(&["10.1.0.0/24"], 1) }), (2, peer(&[], 2))]);
+    let mut actual = Device::default();
+    assert!(connections(&actual, &wish, &BTreeMap::new(), now()).is_empty(), "it is added with the wish");
+    let ops = diff(&actual, &wish, true, &Endpoints::new(), &KeyRing::new([own()]), now());
+    let initiates = |op: &&Op| matches!(op, Op::SetPeer(_, update) if update.initiate);
+    assert_eq!(ops.iter().filter(initiates).count(), 1);
+    ops.iter().for_each(|op| carry_out(&mut actual, op));
+    let ago = |seconds| now() - Duration::from_secs(seconds);
+    let begun = |seconds| BTreeMap::from([(key(1), ago(seconds))]);
+    assert_eq!(connections(&actual, &wish, &BTreeMap::new(), now()), [key(1)]);
+    assert!(connections(&actual, &wish, &begun(2), now()).is_empty());
+    assert_eq!(connections(&actual, &wish, &begun(6), now()), [key(1)]);
+    actual.peers.get_mut(&key(1)).unwrap().last_handshake = Some(ago(1));
+    assert!(connections(&actual, &wish, &begun(6), now()).is_empty());
+}
+
+#[tokio::test]
+async fn a_device_that_nobody_needs_gives_up_a_port_that_another_needs() {
+    let (busy, idle) = (MemoryDatapath::default(), MemoryDatapath::default());
+    idle.change(|device| device.listen_port = 51820);
+    let datapaths = [("margay0".to_owned(), busy.clone()), ("margay1".to_owned(), idle.clone())];
+    let mut agent =
+        WireguardReconciler::new(Box::new(MemoryDatapaths(datapaths.into())), KeyRing::new([own()]));
+    pass(&mut agent, &desired(device([]))).await;
+    assert_eq!(crate::wireguard::Datapath::read(&idle).await.unwrap().listen_port, 0);
+    idle.change(|device| device.listen_port = 51821);
+    assert_eq!(pass(&mut agent, &desired(device([]))).await, 0);
 }
 
 #[tokio::test]
@@ -218,7 +314,7 @@ prop_compose! {
                 allowed_ips: prefixes,
                 persistent_keepalive: keepalive,
                 learned: false,
-                reach: Reach::default(),
+                reach: Reach::default(), connect: false,
             })
         });
         device(peers)

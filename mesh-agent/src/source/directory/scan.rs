@@ -146,7 +146,8 @@ impl Fingerprint {
     }
 }
 
-fn read_bounded(path: &Path) -> io::Result<Zeroizing<Vec<u8>>> {
+/// A file's content, if it is not larger than any manifest.
+pub(super) fn read_bounded(path: &Path) -> io::Result<Zeroizing<Vec<u8>>> {
     let file = fs::File::open(path)?;
     let mut bytes = Zeroizing::new(Vec::with_capacity(file.metadata()?.len().min(MAX_FILE) as usize + 1));
     file.take(MAX_FILE + 1).read_to_end(&mut bytes)?;
