@@ -86,10 +86,19 @@ impl Server {
             let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(parent);
             made.map_err(call(parent, "create directory"))?;
         }
+        // Under another name until it listens: `wg` removes a socket that nobody answers on.
+        let mut early = path.as_os_str().to_owned();
+        early.push(".new");
+        let early = Path::new(&early);
+        match fs::remove_file(early) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(call(early, "remove stale socket")(e)),
+            _ => {}
+        }
         let before = umask(Mode::from_bits_truncate(0o177));
-        let bound = UnixListener::bind(path);
+        let bound = UnixListener::bind(early);
         umask(before);
-        let listener = bound.map_err(call(path, "bind"))?;
+        let listener = bound.map_err(call(early, "bind"))?;
+        fs::rename(early, path).map_err(call(path, "rename the socket"))?;
         let file = fs::symlink_metadata(path).map_err(call(path, "stat"))?;
         Ok(Self { path: path.to_owned(), listener, identity: (file.dev(), file.ino()) })
     }
