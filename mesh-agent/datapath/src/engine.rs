@@ -340,8 +340,10 @@ impl Engine {
             step.receive(message.from, base, bytes, message.segment, out);
         }
         drop(step);
+        // A session that a packet has just confirmed must be there when the packet's answer wants it.
+        self.act(now, out);
         self.deliver(buffer, &out.packets);
-        self.finish(now, out);
+        out.packets.clear();
         count == RECEIVED
     }
 
@@ -393,11 +395,16 @@ impl Engine {
         self.send(&out.network);
         out.network.clear();
         out.packets.clear();
+        self.act(now, out);
+    }
+
+    /// Does what a step left over, and sends what comes of it.
+    fn act(&self, now: Now, out: &mut Outbox) {
         if out.has_events() {
             self.sort(now, out);
             out.seal();
             self.send(&out.network);
-            out.clear();
+            out.network.clear();
         }
     }
 

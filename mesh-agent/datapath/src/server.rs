@@ -91,7 +91,9 @@ impl Server {
         early.push(".new");
         let early = Path::new(&early);
         match fs::remove_file(early) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(call(early, "remove stale socket")(e)),
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                return Err(call(early, "remove stale socket")(e));
+            }
             _ => {}
         }
         let before = umask(Mode::from_bits_truncate(0o177));
