@@ -38,9 +38,12 @@ pub(super) fn join(device: &mut Device, attributes: &[u8]) -> Result<(), DecodeE
     Ok(())
 }
 
+/// What one attribute says of a peer, until its key is known.
+type Change = Box<dyn FnOnce(&mut Peer)>;
+
 fn join_peer(device: &mut Device, attributes: &NlaBuffer<&[u8]>) -> Result<(), DecodeError> {
     let mut key = None;
-    let mut changes: Vec<Box<dyn FnOnce(&mut Peer)>> = Vec::new();
+    let mut changes: Vec<Change> = Vec::new();
     for attribute in NlasIterator::new(attributes.value()) {
         let attribute = attribute?;
         if attribute.kind() == WGPEER_A_PRESHARED_KEY {
