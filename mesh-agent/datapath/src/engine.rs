@@ -394,7 +394,6 @@ impl Engine {
     fn finish(&self, now: Now, out: &mut Outbox) {
         self.send(&out.network);
         out.network.clear();
-        out.packets.clear();
         self.act(now, out);
     }
 
