@@ -89,7 +89,7 @@ struct Mesh {
     settings: Settings,
     rotation_epoch: u64,
     secret: Secret,
-    /// Configuration on its way to nodes.
+    /// Configuration on its way to nodes, the oldest first.
     mail: Vec<(Duration, Name, u64, Secret)>,
 }
 
@@ -192,10 +192,13 @@ impl Mesh {
     fn tick(&mut self) {
         self.now += TICK;
         let now = self.now;
-        let due: Vec<_> = self.mail.extract_if(.., |(at, ..)| *at <= now).collect();
-        for (_, name, epoch, secret) in due {
+        while let Some(i) = self.mail.iter().rposition(|(at, ..)| *at <= now) {
+            let (_, name, epoch, secret) = self.mail.remove(i);
+            // What was sent before it has been overtaken: a source gives what is, not what was.
+            let mut older = 0..i;
+            self.mail.retain(|(_, other, ..)| older.next().is_none() || *other != name);
             let node = self.nodes.get_mut(&name).unwrap();
-            (node.rotation_epoch, node.configured) = (node.rotation_epoch.max(epoch), secret);
+            (node.rotation_epoch, node.configured) = (epoch, secret);
         }
         let names: Vec<Name> = self.nodes.keys().cloned().collect();
         for name in &names {
