@@ -158,7 +158,7 @@ impl Lab {
     }
 
     /// Puts a node's files in place and starts its units, as a boot would.
-    fn start_node(&self, name: &str) -> Result<()> {
+    pub fn start_node(&self, name: &str) -> Result<()> {
         self.write_node(name)?;
         if self.is_guest(name) {
             return Ok(());

@@ -4,7 +4,7 @@
 use std::time::{Duration, SystemTime};
 
 use k8s_openapi::api::core::v1::Node;
-use kube::api::{Patch, PatchParams};
+use kube::api::{ListParams, Patch, PatchParams};
 use kube::{Api, Client};
 use mesh_api::status::Issue;
 use serde_json::{Value, json};
@@ -122,13 +122,12 @@ pub async fn tell(client: Client, board: Board) {
     }
 }
 
-/// When the condition that stands there began, if it says the same.
+/// When the condition that stands there began, if it says the same. A list of one: an agent may list nodes anyway.
 async fn former(nodes: &Api<Node>, name: &str, ready: bool) -> Option<SystemTime> {
-    let node = answered(nodes.get(name)).await.ok()?;
-    let conditions = node.status?.conditions?;
-    let ours = conditions.into_iter().find(|condition| condition.type_ == TYPE)?;
-    let same = ours.status == word(ready);
-    let at = ours.last_transition_time.filter(|_| same)?;
+    let own = ListParams::default().fields(&format!("metadata.name={name}"));
+    let node = answered(nodes.list(&own)).await.ok()?.items.pop()?;
+    let ours = node.status?.conditions?.into_iter().find(|condition| condition.type_ == TYPE)?;
+    let at = ours.last_transition_time.filter(|_| ours.status == word(ready))?;
     Some(at.0.into())
 }
 
