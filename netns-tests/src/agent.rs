@@ -1,6 +1,5 @@
-//! A client of the agent's sockets: enough HTTP/1.1 for `GET` and `POST` of JSON over a Unix socket.
+//! A client of the agent's sockets.
 
-use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -12,6 +11,7 @@ use mesh_api::status::{DenyEvent, PolicyStatus, Status, Synced};
 use serde::de::DeserializeOwned;
 
 use crate::host::Host;
+use crate::http::exchange;
 use crate::wait;
 
 /// The agent of one host.
@@ -36,7 +36,7 @@ impl Agent {
     pub fn metrics() -> Result<String> {
         let mut stream = TcpStream::connect(METRICS_ADDRESS).context("connect to the metrics")?;
         stream.set_read_timeout(Some(Duration::from_secs(20))).context("set time-out")?;
-        let body = exchange(&mut stream, "GET", "/metrics")?;
+        let body = exchange(&mut stream, "GET", "/metrics", None)?.good()?;
         Ok(String::from_utf8_lossy(&body).into_owned())
     }
 
@@ -102,61 +102,5 @@ impl Agent {
 fn request(socket: &Path, method: &str, path: &str) -> Result<Vec<u8>> {
     let mut stream = UnixStream::connect(socket).with_context(|| format!("connect {}", socket.display()))?;
     stream.set_read_timeout(Some(Duration::from_secs(20))).context("set time-out")?;
-    exchange(&mut stream, method, path)
-}
-
-fn exchange(stream: &mut (impl Read + Write), method: &str, path: &str) -> Result<Vec<u8>> {
-    write!(
-        stream,
-        "{method} {path} HTTP/1.1\r\nHost: margay\r\nConnection: close\r\nContent-Length: 0\r\nAccept: application/json\r\n\r\n"
-    )
-    .context("send request")?;
-    let mut answer = Vec::new();
-    stream.read_to_end(&mut answer).context("read answer")?;
-    parse(&answer)
-}
-
-/// Body of a whole answer, or the error it says.
-fn parse(answer: &[u8]) -> Result<Vec<u8>> {
-    let end = answer.windows(4).position(|four| four == b"\r\n\r\n").context("answer has no header")?;
-    let (head, rest) = answer.split_at(end);
-    let head = String::from_utf8_lossy(head).to_ascii_lowercase();
-    let body = rest.get(4..).unwrap_or_default();
-    let body = if head.contains("transfer-encoding: chunked") { unchunk(body)? } else { body.to_vec() };
-    let status = head.split(' ').nth(1).unwrap_or_default().to_string();
-    if status != "200" {
-        bail!("answer {status}: {}", String::from_utf8_lossy(&body));
-    }
-    Ok(body)
-}
-
-fn unchunk(mut body: &[u8]) -> Result<Vec<u8>> {
-    let mut whole = Vec::new();
-    loop {
-        let end = body.windows(2).position(|two| two == b"\r\n").context("chunk has no length")?;
-        let (length, rest) = body.split_at(end);
-        let length =
-            usize::from_str_radix(String::from_utf8_lossy(length).trim(), 16).context("chunk length")?;
-        if length == 0 {
-            return Ok(whole);
-        }
-        let end = length.checked_add(2).context("chunk length")?;
-        whole.extend(rest.get(2..end).context("truncated chunk")?);
-        body = rest.get(end + 2..).context("truncated chunk")?;
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn both_framings_are_read_and_errors_are_said() {
-        assert_eq!(parse(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}").unwrap(), b"{}");
-        let chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n[1\r\n1\r\n]\r\n0\r\n\r\n";
-        assert_eq!(parse(chunked).unwrap(), b"[1]");
-        let error = parse(b"HTTP/1.1 503 no\r\n\r\n{\"error\":\"later\"}").unwrap_err().to_string();
-        assert!(error.contains("503") && error.contains("later"), "{error}");
-        assert!(parse(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nff\r\n[").is_err());
-    }
+    exchange(&mut stream, method, path, None)?.good()
 }

@@ -1,5 +1,6 @@
 //! Where the programs under test are.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -40,11 +41,45 @@ impl Bins {
         Ok(path)
     }
 
-    /// PATH inside a host: the built programs, the cache of peers' tools, then the machine's.
+    /// A program of Kubernetes: from the folder that KUBEBUILDER_ASSETS names, else the one that `.ci/peers` built.
+    pub fn kubernetes(&self, name: &str) -> Result<PathBuf> {
+        let assets = kubebuilder_assets();
+        let (dir, word) = match &assets {
+            // Those who provide such a folder have no kube-proxy in it.
+            Some(dir) if name != "kube-proxy" || dir.join(name).is_file() => {
+                (dir.clone(), "KUBEBUILDER_ASSETS lacks it")
+            }
+            _ => (peers_dir(), "run .ci/peers"),
+        };
+        let path = dir.join(name);
+        if !path.is_file() {
+            bail!("{} is not there: {word}", path.display());
+        }
+        Ok(path)
+    }
+
+    /// PATH inside a host: the built programs, Kubernetes' and the cache of peers' tools, then the machine's.
     pub fn path(&self) -> String {
         let rest = std::env::var("PATH").unwrap_or_default();
-        format!("{}:{}:{rest}:/usr/sbin:/sbin", self.dir.display(), peers_dir().display())
+        let assets = kubebuilder_assets().map(|dir| format!("{}:", dir.display())).unwrap_or_default();
+        format!("{}:{assets}{}:{rest}:/usr/sbin:/sbin", self.dir.display(), peers_dir().display())
     }
+
+    /// What a command in a host finds in its environment: where programs are, and files that are the host's own.
+    pub fn environment(&self) -> [(&'static str, OsString); 5] {
+        [
+            ("PATH", self.path().into()),
+            ("CNI_PATH", self.dir.clone().into()),
+            ("NETCONFPATH", "/etc/cni/net.d".into()),
+            ("KUBECONFIG", crate::cluster::ADMIN_CONFIG.into()),
+            ("KUBECACHEDIR", "/run/kubectl".into()),
+        ]
+    }
+}
+
+/// The folder of ready programs that envtest knows by this name.
+fn kubebuilder_assets() -> Option<PathBuf> {
+    std::env::var_os("KUBEBUILDER_ASSETS").filter(|dir| !dir.is_empty()).map(PathBuf::from)
 }
 
 /// Where heavy artefacts are kept between runs (`MARGAY_CACHE`).

@@ -1,9 +1,9 @@
 //! A host as the lab sees it: start, stop, commands, units and files inside.
 
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -95,6 +95,11 @@ impl Host {
         &self.name
     }
 
+    /// The programs that it runs.
+    pub fn bins(&self) -> &Bins {
+        &self.bins
+    }
+
     /// PID of its init.
     pub fn pid(&self) -> i32 {
         self.pid
@@ -127,15 +132,27 @@ impl Host {
             command.args(["--pod", pod]);
         }
         command.arg("--").args(argv);
-        command.env(MARK, &self.bins.run).env("PATH", self.bins.path()).env("CNI_PATH", &self.bins.dir);
-        command.env("NETCONFPATH", "/etc/cni/net.d").env_remove("RUST_BACKTRACE");
+        command.env(MARK, &self.bins.run).envs(self.bins.environment()).env_remove("RUST_BACKTRACE");
         command
     }
 
     /// Runs a command in the host to its end; an error carries its output.
     pub fn run(&self, argv: &[&str]) -> Result<String> {
-        let output = self.command(argv).stdin(Stdio::null()).output().context("run mesh-lab enter")?;
-        checked(&format!("{}: {}", self.name, argv.join(" ")), output)
+        self.run_with(argv, b"")
+    }
+
+    /// Runs a command in the host to its end, with this on its standard input.
+    pub fn run_with(&self, argv: &[&str], input: &[u8]) -> Result<String> {
+        let mut command = self.command(argv);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().context("run mesh-lab enter")?;
+        let stdin = child.stdin.take();
+        let output = std::thread::scope(|scope| {
+            // One that ends without reading all of it says why by its exit code.
+            scope.spawn(move || stdin.map(|mut stdin| stdin.write_all(input)));
+            child.wait_with_output()
+        });
+        checked(&format!("{}: {}", self.name, argv.join(" ")), output.context("wait for mesh-lab enter")?)
     }
 
     fn ask(&self, request: &Request) -> Result<Reply> {
@@ -159,13 +176,23 @@ impl Host {
     /// Ends a unit for good and waits for its end.
     pub fn stop_unit(&self, name: &str) -> Result<()> {
         self.ask(&Request::Stop { name: name.into(), now: false })?;
-        let ended = crate::wait::until(format!("{name} to end"), Duration::from_secs(5), || {
-            Ok(self.unit(name)?.0.is_none().then_some(()))
-        });
+        let ended = self.ended(name);
         if ended.is_err() {
             self.ask(&Request::Stop { name: name.into(), now: true })?;
         }
         ended
+    }
+
+    /// Ends a unit for good by `kill -9`, for one whose own end takes its time.
+    pub fn end_unit(&self, name: &str) -> Result<()> {
+        self.ask(&Request::Stop { name: name.into(), now: true })?;
+        self.ended(name)
+    }
+
+    fn ended(&self, name: &str) -> Result<()> {
+        crate::wait::until(format!("{name} to end"), Duration::from_secs(5), || {
+            Ok(self.unit(name)?.0.is_none().then_some(()))
+        })
     }
 
     /// `kill -9` of a unit, which the init starts again.
@@ -209,6 +236,11 @@ impl Host {
     /// Writes a file in the host by temporary name and rename; directories are made.
     pub fn write(&self, inside: &str, content: &[u8]) -> Result<()> {
         write_atomically(&self.path(inside), content).with_context(|| format!("host {}", self.name))
+    }
+
+    /// As [`Host::write`], for what only the host's root may read.
+    pub fn write_secret(&self, inside: &str, content: &[u8]) -> Result<()> {
+        write_as(&self.path(inside), content, 0o600).with_context(|| format!("host {}", self.name))
     }
 
     /// Takes a file away; not being there is fine.
@@ -264,11 +296,21 @@ pub fn checked(what: &str, output: Output) -> Result<String> {
 
 /// Temporary dot-name beside it, then rename: a watcher sees the whole file or none.
 pub fn write_atomically(path: &Path, content: &[u8]) -> Result<()> {
+    write_as(path, content, 0o644)
+}
+
+fn write_as(path: &Path, content: &[u8], mode: u32) -> Result<()> {
     let directory = path.parent().context("path has no directory")?;
     let name = path.file_name().context("path has no file name")?.to_string_lossy();
     fs::create_dir_all(directory).with_context(|| format!("make {}", directory.display()))?;
     let temporary = directory.join(format!(".{name}.tmp"));
-    fs::write(&temporary, content).with_context(|| format!("write {}", temporary.display()))?;
+    let written = (|| {
+        let mut file =
+            OpenOptions::new().write(true).create(true).truncate(true).mode(mode).open(&temporary)?;
+        file.set_permissions(Permissions::from_mode(mode))?;
+        file.write_all(content)
+    })();
+    written.with_context(|| format!("write {}", temporary.display()))?;
     fs::rename(&temporary, path).with_context(|| format!("rename to {}", path.display()))
 }
 

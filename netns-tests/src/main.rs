@@ -265,8 +265,7 @@ fn exec(lab: Option<&str>, target: &str, command: &[String]) -> Result<ExitCode>
     if let Some(pod) = pod {
         enter.args(["--pod", &pod]);
     }
-    enter.arg("--").args(command).env("PATH", bins.path()).env("CNI_PATH", &bins.dir);
-    Err(enter.env("NETCONFPATH", "/etc/cni/net.d").exec()).context("enter the host")
+    Err(enter.arg("--").args(command).envs(bins.environment()).exec()).context("enter the host")
 }
 
 fn status(lab: Option<&str>) -> Result<ExitCode> {

@@ -8,17 +8,18 @@ use anyhow::{Context, Result};
 use nix::mount::{MsFlags, mount};
 
 /// Directories that are a host's own, by parent. They stay when the lab reboots the host (see
-/// [`crate::host::Host`]): `/etc/margay`, `/etc/cni`, `/var/lib/margay`, `/var/lib/cni`.
-pub const DISK: [&str; 4] = ["etc/margay", "etc/cni", "var/lib/margay", "var/lib/cni"];
+/// [`crate::host::Host`]).
+pub const DISK: [&str; 6] =
+    ["etc/margay", "etc/cni", "etc/kubernetes", "var/lib/margay", "var/lib/cni", "var/lib/etcd"];
 
 /// Gives the calling process's mount namespace its own /run, /proc, /sys, /sys/fs/bpf and the directories
-/// of margay and CNI. The caller has new mount, PID and network namespaces.
+/// of margay, CNI, Kubernetes and etcd. The caller has new mount, PID and network namespaces.
 pub fn make_private() -> Result<()> {
     let none: Option<&str> = None;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).context("make mounts private")?;
     fresh("tmpfs", "/run", Some("mode=755"))?;
-    shadow("/etc", &["margay", "cni"])?;
-    shadow("/var/lib", &["margay", "cni"])?;
+    shadow("/etc", &["margay", "cni", "kubernetes"])?;
+    shadow("/var/lib", &["margay", "cni", "etcd"])?;
     shadow("/var/log", &["margay"])?;
     fresh("proc", "/proc", None)?;
     fresh("sysfs", "/sys", None)?;
