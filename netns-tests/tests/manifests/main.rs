@@ -1,0 +1,10 @@
+//! What an operator applies, on the real API server.
+#![allow(clippy::unwrap_used, clippy::disallowed_methods)]
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod admission;
+mod overlays;
+mod rights;
+mod support;
