@@ -5,6 +5,7 @@
 mod common;
 
 mod admission;
+mod image;
 mod overlays;
 mod rights;
 mod support;
