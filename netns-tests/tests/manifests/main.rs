@@ -5,7 +5,9 @@
 mod common;
 
 mod admission;
+mod container;
 mod image;
 mod overlays;
+mod pods;
 mod rights;
 mod support;

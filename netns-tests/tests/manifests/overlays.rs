@@ -106,3 +106,18 @@ fn surges_do_not_clash(set: &Value) {
         }
     }
 }
+
+#[test]
+fn every_generated_resource_definition_is_applied() {
+    let rendered = kustomize("base");
+    for entry in fs::read_dir(manifests().join("crds")).unwrap() {
+        let path = entry.unwrap().path();
+        if path.ends_with("kustomization.yaml") {
+            continue;
+        }
+        let text = fs::read_to_string(&path).unwrap();
+        let crd: Value = serde_saphyr::from_str(&text).unwrap();
+        let name = crd["metadata"]["name"].as_str().unwrap();
+        assert!(rendered.contains(&format!("name: {name}\n")), "{} is in no kustomization", path.display());
+    }
+}
