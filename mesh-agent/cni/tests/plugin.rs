@@ -201,7 +201,8 @@ fn an_installer_that_is_killed_leaves_old_or_new_files_and_a_running_plugin_is_r
     for below in ["bin", "conf"] {
         std::fs::create_dir(path(below)).unwrap();
     }
-    let list = |name: &str| format!(r#"{{"cniVersion":"1.0.0","name":"{name}","plugins":[{{"type":"mesh-cni"}}]}}"#);
+    let list =
+        |name: &str| format!(r#"{{"cniVersion":"1.0.0","name":"{name}","plugins":[{{"type":"mesh-cni"}}]}}"#);
     let install = || {
         let mut command = Command::new(env!("CARGO_BIN_EXE_mesh-cni"));
         command.arg("install").arg("--bin-dir").arg(path("bin")).arg("--conf-dir").arg(path("conf"));

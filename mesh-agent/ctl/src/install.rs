@@ -159,7 +159,10 @@ mod tests {
             let changed = with_image(rendered, "registry.test:5000/m/margay@sha256:00");
             let images = |text: &str| text.lines().filter(|line| line.trim().starts_with("image: ")).count();
             assert!(images(rendered) >= 3, "{overlay:?}");
-            assert_eq!(changed.matches("image: registry.test:5000/m/margay@sha256:00\n").count(), images(rendered));
+            assert_eq!(
+                changed.matches("image: registry.test:5000/m/margay@sha256:00\n").count(),
+                images(rendered)
+            );
             assert!(mesh.contains("kind: MeshConfiguration"), "{overlay:?}");
         }
     }

@@ -151,7 +151,10 @@ fn a_dry_run_prints_manifests_and_mesh_and_calls_nobody() {
         let kinds: Vec<&str> = documents.iter().map(|document| document["kind"].as_str().unwrap()).collect();
         assert_eq!(kinds.iter().filter(|kind| **kind == "DaemonSet").count(), 2, "{overlay}");
         assert_eq!(kinds.last(), Some(&"MeshConfiguration"), "{overlay}");
-        assert!(out.contains("image: registry.test/margay:7") && !out.contains("image: margay:"), "{overlay}");
+        assert!(
+            out.contains("image: registry.test/margay:7") && !out.contains("image: margay:"),
+            "{overlay}"
+        );
     }
     assert!(!dir.path().join("calls").exists());
     assert_eq!(install(dir.path(), &["--dry-run", "--overlay", "minikube"], "", 0).0, 2);
@@ -186,7 +189,11 @@ fn without_a_dry_run_kubectl_applies_and_a_mesh_that_is_there_stays() {
     assert!(code == 1 && err.contains("/none/mesh.yaml"), "{err}");
     let (code, _, err) = install(dir.path(), &[], "", 3);
     assert!(code == 1 && err.contains("kubectl apply --server-side"), "{err}");
-    let output = Command::new(env!("CARGO_BIN_EXE_meshctl")).arg("install").env("PATH", "/none").output().unwrap();
+    let output =
+        Command::new(env!("CARGO_BIN_EXE_meshctl")).arg("install").env("PATH", "/none").output().unwrap();
     let err = String::from_utf8(output.stderr).unwrap();
-    assert!(output.status.code() == Some(1) && err.contains("kubectl: is not on this machine's PATH"), "{err}");
+    assert!(
+        output.status.code() == Some(1) && err.contains("kubectl: is not on this machine's PATH"),
+        "{err}"
+    );
 }

@@ -169,7 +169,9 @@ fn device(arguments: &Arguments, offload: Offload, replace: bool) -> anyhow::Res
     let work = |ready| {
         // In a process of its own: what it takes stays with its parent.
         let Some(held) = held.take() else { return false };
-        work(arguments, held, inheritance.take(), Some(ready)).inspect_err(|e| tracing::error!("{e:#}")).is_ok()
+        work(arguments, held, inheritance.take(), Some(ready))
+            .inspect_err(|e| tracing::error!("{e:#}"))
+            .is_ok()
     };
     // The first worker has the predecessor's sockets now; open here too, they would take packets nobody reads.
     supervisor::supervise(work, || drop(inheritance.take())).context("fork")

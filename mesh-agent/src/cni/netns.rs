@@ -166,12 +166,10 @@ pub(super) fn sysctl(family: &str, interface: &str, key: &str, value: &str) -> R
     let path = file.display();
     match std::fs::write(&file, value) {
         Ok(()) => Ok(()),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            match root.exists() {
-                true => Err(format!("{path}: {error}")),
-                false => Ok(()),
-            }
-        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => match root.exists() {
+            true => Err(format!("{path}: {error}")),
+            false => Ok(()),
+        },
         Err(error) => Err(format!("{path}: {error}")),
     }
 }

@@ -77,7 +77,8 @@ fn wait_for_policies(cluster: &Cluster<'_>, agent: &Caller) {
         Ok((answer.status == 403).then_some(()))
     })
     .unwrap();
-    let other = Caller::administrator_as(cluster, "waits", "nobody", &["system:masters-not", "labellers"], None);
+    let other =
+        Caller::administrator_as(cluster, "waits", "nobody", &["system:masters-not", "labellers"], None);
     cluster.apply(&LABELLERS.replace("NAME", "waits")).unwrap();
     wait::until("announcements to count", PATIENCE, || {
         let path = format!("{A}?dryRun=All");
@@ -107,9 +108,8 @@ subjects:
 fn an_agent_speaks_for_its_own_node_under_the_shipped_rights_and_every_bypass_is_refused() {
     with_cluster(|cluster| {
         install(cluster, &["a", "b"]);
-        let agent = |name: &str, pod: Option<&str>| {
-            Caller::account(cluster, name, (NAMESPACE, "mesh-agent"), pod)
-        };
+        let agent =
+            |name: &str, pod: Option<&str>| Caller::account(cluster, name, (NAMESPACE, "mesh-agent"), pod);
         let a = agent("agent-a", Some("mesh-agent-a"));
         wait_for_rights(&a);
         the_agent_does_its_work(cluster, &a);
@@ -149,7 +149,11 @@ fn an_agent_speaks_for_its_own_node_under_the_shipped_rights_and_every_bypass_is
                 "status": {"peers": 0}});
             let status = caller.apply(&format!("{STATUSES}/a/status"), "margay-agent-status", &status);
             refused(&what("status of the status object"), word, status);
-            refused(&what("deletion"), word, caller.ask("DELETE", &format!("{STATUSES}/a"), "", &Value::Null));
+            refused(
+                &what("deletion"),
+                word,
+                caller.ask("DELETE", &format!("{STATUSES}/a"), "", &Value::Null),
+            );
         }
         // For itself, b may.
         allowed("b for itself", announce(&b, "b", Some("b")));
@@ -223,10 +227,18 @@ fn nothing_else_of_its_own_node(cluster: &Cluster<'_>, a: &Caller) {
         ("a finalizer", json!({"finalizers": []}), "finalizer"),
         ("another finalizer", json!({"finalizers": ["example.com/hold", "margay.io/x"]}), "finalizer"),
         ("no owner", json!({"ownerReferences": null}), "owner"),
-        ("an operator's annotation", json!({"annotations": {"margay.io/endpoint-override": "192.0.2.66"}}), "no annotation but"),
+        (
+            "an operator's annotation",
+            json!({"annotations": {"margay.io/endpoint-override": "192.0.2.66"}}),
+            "no annotation but",
+        ),
         ("another of ours", json!({"annotations": {"margay.io/new": "x"}}), "no annotation but"),
         ("somebody's annotation", json!({"annotations": {"example.com/theirs": "y"}}), "no annotation but"),
-        ("no annotation of somebody", json!({"annotations": {"example.com/theirs": null}}), "no annotation but"),
+        (
+            "no annotation of somebody",
+            json!({"annotations": {"example.com/theirs": null}}),
+            "no annotation but",
+        ),
         ("no annotations at all", json!({"annotations": null}), "no annotation but"),
         ("its own and a label", json!({"annotations": {OWN[1]: "x"}, "labels": {"zone": "z3"}}), "label"),
     ];
@@ -258,7 +270,11 @@ fn nothing_else_of_its_own_node(cluster: &Cluster<'_>, a: &Caller) {
         ("volumes", json!({"volumesInUse": ["x"]}), "status"),
         ("another's condition", changed(&|c| c[0]["status"] = json!("False")), "condition"),
         ("one condition less", changed(&|c| drop(c.remove(1))), "condition"),
-        ("a condition more", changed(&|c| c.push(json!({"type": "NetworkUnavailable", "status": "False"}))), "condition"),
+        (
+            "a condition more",
+            changed(&|c| c.push(json!({"type": "NetworkUnavailable", "status": "False"}))),
+            "condition",
+        ),
         ("no conditions", json!({"conditions": null}), "condition"),
     ] {
         refused(what, word, a.merge(A_STATUS, &json!({ "status": status })));
@@ -331,8 +347,7 @@ fn who_is_not_the_agent_announces_nothing_and_is_hindered_in_nothing_else() {
             allowed(&what("an operator's annotation"), caller.merge(A, &other));
             let beat = json!({"status": {"conditions": [{"type": "Ready", "status": "True", "reason": "k",
                 "message": caller.name, "lastHeartbeatTime": "2026-01-02T00:00:00Z"}]}});
-            let beat =
-                caller.ask("PATCH", A_STATUS, "application/strategic-merge-patch+json", &beat);
+            let beat = caller.ask("PATCH", A_STATUS, "application/strategic-merge-patch+json", &beat);
             allowed(&what("heartbeat"), beat);
             // A node that never announced anything.
             let name = format!("new-{}", caller.name);
@@ -343,7 +358,10 @@ fn who_is_not_the_agent_announces_nothing_and_is_hindered_in_nothing_else() {
             let made = caller.ask("POST", "/api/v1/nodes", "application/json", &node);
             allowed(&what("a Node"), made);
             let at = format!("/api/v1/nodes/{name}");
-            allowed(&what("its first label"), caller.merge(&at, &json!({"metadata": {"labels": {"x": "y"}}})));
+            allowed(
+                &what("its first label"),
+                caller.merge(&at, &json!({"metadata": {"labels": {"x": "y"}}})),
+            );
             let patch = json!({"metadata": {"annotations": {OWN[1]: "first"}}});
             refused(&what("its first annotation"), "announce", caller.merge(&at, &patch));
             allowed(&what("deletion"), caller.ask("DELETE", &at, "", &Value::Null));

@@ -62,8 +62,11 @@ fn what_the_image_is_made_from_is_there() {
 
 #[test]
 fn every_program_that_the_manifests_start_is_in_the_image() {
-    let in_image: BTreeSet<String> =
-        containerfile().into_iter().filter(|line| line[0] == "COPY").map(|mut line| line.pop().unwrap()).collect();
+    let in_image: BTreeSet<String> = containerfile()
+        .into_iter()
+        .filter(|line| line[0] == "COPY")
+        .map(|mut line| line.pop().unwrap())
+        .collect();
     for below in ["overlays/kubeadm", "cleanup"] {
         for set in documents(&kustomize(below)).iter().filter(|object| object["kind"] == "DaemonSet") {
             let spec = &set["spec"]["template"]["spec"];

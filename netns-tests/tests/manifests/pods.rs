@@ -107,15 +107,20 @@ fn the_installer_of_each_overlay_puts_files_where_the_runtime_looks() {
     let host = lab.host("a").unwrap();
     let conflist = std::fs::read(manifests().join("components/cni/10-margay.conflist")).unwrap();
     host.write("/run/configmaps/mesh-cni/10-margay.conflist", &conflist).unwrap();
-    let flannel = json!({"cniVersion": "0.3.1", "name": "cbr0", "plugins": [{"type": "flannel"}, {"type": "portmap"}]});
-    for (overlay, expected) in
-        [("kubeadm", "10-margay.conflist"), ("k3s", "10-margay.conflist"), ("flannel", "05-margay-flannel.conflist")]
-    {
+    let flannel =
+        json!({"cniVersion": "0.3.1", "name": "cbr0", "plugins": [{"type": "flannel"}, {"type": "portmap"}]});
+    for (overlay, expected) in [
+        ("kubeadm", "10-margay.conflist"),
+        ("k3s", "10-margay.conflist"),
+        ("flannel", "05-margay-flannel.conflist"),
+    ] {
         let mut set = set(&format!("overlays/{overlay}"), "mesh-agent");
         // Below /run of this host: what is elsewhere is the machine's.
         let mut paths = Vec::new();
         for volume in set["spec"]["template"]["spec"]["volumes"].as_array_mut().unwrap() {
-            if volume["name"].as_str().is_some_and(|name| name.starts_with("cni-")) && volume["hostPath"].is_object() {
+            if volume["name"].as_str().is_some_and(|name| name.starts_with("cni-"))
+                && volume["hostPath"].is_object()
+            {
                 let path = volume["hostPath"]["path"].as_str().unwrap().to_owned();
                 volume["hostPath"]["path"] = json!(format!("/run/disk-{overlay}{path}"));
                 paths.push(format!("/run/disk-{overlay}{path}"));
@@ -175,7 +180,10 @@ fn the_cleanup_leaves_a_node_as_it_was() {
     for unit in netns_tests::lab::UNITS {
         host.stop_unit(unit).unwrap();
     }
-    assert!(host.run(&["ip", "-o", "link"]).unwrap().contains("margay0"), "the device stays until it is cleaned up");
+    assert!(
+        host.run(&["ip", "-o", "link"]).unwrap().contains("margay0"),
+        "the device stays until it is cleaned up"
+    );
     let set = set("cleanup", "margay-cleanup");
     Pod { host, set: &set, name: "cleanup" }.run("cleanup").unwrap();
     let links = host.run(&["ip", "-o", "link"]).unwrap();

@@ -69,11 +69,24 @@ fn the_agent_may_do_what_it_does_and_nothing_else_and_the_datapath_nothing() {
             ("apiextensions.k8s.io", "customresourcedefinitions", &[""]),
         ];
         let verbs = [
-            "get", "list", "watch", "create", "update", "patch", "delete", "deletecollection", "announce",
-            "impersonate", "bind", "escalate", "*",
+            "get",
+            "list",
+            "watch",
+            "create",
+            "update",
+            "patch",
+            "delete",
+            "deletecollection",
+            "announce",
+            "impersonate",
+            "bind",
+            "escalate",
+            "*",
         ];
         for (group, resource, subresources) in resources {
-            for (subresource, verb) in subresources.iter().flat_map(|s| verbs.iter().map(move |verb| (*s, *verb))) {
+            for (subresource, verb) in
+                subresources.iter().flat_map(|s| verbs.iter().map(move |verb| (*s, *verb)))
+            {
                 let right = (verb, group, resource, subresource);
                 assert_eq!(ask(&agent, right), ALLOWED.contains(&right), "agent: {right:?}");
                 assert!(!ask(&datapath, right), "datapath: {right:?}");

@@ -189,7 +189,8 @@ pub fn install(cluster: &Cluster<'_>, nodes: &[&str]) {
 
 /// A pod of the agent.
 pub fn pod(cluster: &Cluster<'_>, name: &str, node: Option<&str>) {
-    let mut spec = json!({"serviceAccountName": "mesh-agent", "containers": [{"name": "c", "image": "margay:test"}]});
+    let mut spec =
+        json!({"serviceAccountName": "mesh-agent", "containers": [{"name": "c", "image": "margay:test"}]});
     if let Some(node) = node {
         spec["nodeName"] = json!(node);
     }

@@ -16,7 +16,8 @@ struct Host {
     root: TempDir,
 }
 
-const FLANNEL: &str = r#"{"cniVersion":"0.3.1","name":"cbr0","plugins":[{"type":"flannel"},{"type":"portmap"}]}"#;
+const FLANNEL: &str =
+    r#"{"cniVersion":"0.3.1","name":"cbr0","plugins":[{"type":"flannel"},{"type":"portmap"}]}"#;
 
 impl Host {
     fn new() -> Self {
