@@ -1,4 +1,5 @@
 //! What an operator applies, on the real API server.
+#![allow(unreachable_pub)] // One binary.
 #![allow(clippy::unwrap_used, clippy::disallowed_methods)]
 
 #[path = "../common/mod.rs"]
