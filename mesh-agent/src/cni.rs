@@ -35,6 +35,9 @@ use refusal::Refusal;
 pub const SOURCE: &str = "cni";
 /// Reporter of our issues on the board.
 const REPORTER: &str = "cni";
+/// Why there are no pods of ours.
+const EXTERNAL: &str =
+    "MeshConfiguration default: spec.podNetwork is external, so another plugin attaches pods";
 /// Within this a generation is enforced, or the ADD is undone. mesh-cni waits 90 s.
 const ENFORCED_WITHIN: Duration = Duration::from_secs(30);
 
@@ -276,6 +279,9 @@ impl Server {
         let snapshot = self.store.current();
         if let Some(source) = snapshot.sources.iter().find(|source| !source.synced) {
             return Err(Refusal::unavailable(format!("source {} has not been read yet", source.name)));
+        }
+        if snapshot.cluster.mesh.external {
+            return Err(Refusal::unavailable(EXTERNAL));
         }
         let seen = self.board.observed();
         if seen.desired.pod_cidrs.is_empty() {

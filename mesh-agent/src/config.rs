@@ -1,7 +1,9 @@
 //! The agent's own configuration file, `/etc/margay/agent.yaml`: what differs between hosts. What the whole
 //! mesh shares is in [`mesh`].
 
+pub mod kubernetes;
 pub mod mesh;
+pub mod node_status;
 pub mod reference;
 pub mod rotation;
 
@@ -15,6 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::names;
 use crate::source::manifest;
+use kubernetes::KubernetesConfig;
 
 /// How log lines look on stderr.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize, JsonSchema)]
@@ -44,12 +47,15 @@ pub enum DatapathChoice {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct AgentConfig {
-    /// Name of this host's Node object; the host's name in lower case unless given.
+    /// Name of this host's Node object; the environment's NODE_NAME, else the host's name in lower case, unless given.
     #[serde(default)]
     pub node_name: String,
     /// Directory of manifests to follow.
     #[serde(default = "manifests_dir")]
     pub manifests: PathBuf,
+    /// The API server to follow in place of the directory; `{}` for that of the cluster whose pod the agent is.
+    #[serde(default)]
+    pub kubernetes: Option<KubernetesConfig>,
     /// Where keys, the IPAM journal and the memory of admitted nodes are kept.
     #[serde(default = "state_dir")]
     pub state_dir: PathBuf,
@@ -131,7 +137,7 @@ pub enum ConfigError {
 }
 
 impl AgentConfig {
-    /// Reads `path`; a file that is not there means the defaults. `hostname` is the host's name, used in
+    /// Reads `path`; a file that is not there means the defaults. `hostname` is the node's name, used in
     /// lower case where the file gives no `nodeName`.
     pub fn load_with(path: &Path, hostname: &str) -> Result<Self, ConfigError> {
         match std::fs::read_to_string(path) {
@@ -141,8 +147,12 @@ impl AgentConfig {
         }
     }
 
-    /// [`Self::load_with`] with this host's name.
+    /// [`Self::load_with`] with the name that a pod's environment gives, else this host's.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        #[allow(clippy::disallowed_methods)] // The edge: here configuration enters.
+        if let Some(name) = std::env::var("NODE_NAME").ok().filter(|name| !name.is_empty()) {
+            return Self::load_with(path, &name);
+        }
         // The kernel's name of this UTS namespace, as uname(2) gives it.
         let source: &Path = Path::new("/proc/sys/kernel/hostname");
         let hostname = std::fs::read_to_string(source)
@@ -183,6 +193,10 @@ impl AgentConfig {
             if !value.is_absolute() {
                 return invalid(field, format!("{} is not an absolute path", value.display()));
             }
+        }
+        let kubeconfig = self.kubernetes.as_ref().and_then(|kubernetes| kubernetes.kubeconfig.as_ref());
+        if let Some(path) = kubeconfig.filter(|path| !path.is_absolute()) {
+            return invalid("kubernetes.kubeconfig", format!("{} is not an absolute path", path.display()));
         }
         if let Some(path) = self.preshared_key_file.as_ref().filter(|path| !path.is_absolute()) {
             return invalid("presharedKeyFile", format!("{} is not an absolute path", path.display()));
@@ -231,12 +245,14 @@ mod tests {
         let config = parse(
             "nodeName: n1\nmanifests: /m\nstateDir: /s\nrunDir: /r\nmetricsAddress: '[::1]:1'\n\
              logFormat: json\ndatapath: kernel\npodCIDRs: [10.1.0.0/24, 'fd00:1::/64']\nendpoints: ['192.0.2.1:51820']\n\
-             presharedKeyFile: /etc/margay/secret\n",
+             presharedKeyFile: /etc/margay/secret\nkubernetes: {kubeconfig: /etc/margay/kubeconfig}\n",
         )
         .unwrap();
         assert_eq!(config.node_name, "n1");
         assert_eq!((config.log_format, config.datapath), (LogFormat::Json, DatapathChoice::Kernel));
         assert_eq!(config.pod_cidrs.len(), 2);
+        let kubeconfig = config.kubernetes.clone().unwrap().kubeconfig;
+        assert_eq!(kubeconfig, Some("/etc/margay/kubeconfig".into()));
         assert_eq!(config.endpoints, vec!["192.0.2.1:51820".parse().unwrap()]);
     }
 
@@ -252,6 +268,8 @@ mod tests {
             ("endpoints: ['0.0.0.0:1']\n", "agent.yaml: endpoints: nobody can reach"),
             ("endpoints: ['192.0.2.1:65535']\n", "leaves no port"),
             ("presharedKeyFile: secret\n", "agent.yaml: presharedKeyFile: secret is not an absolute path"),
+            ("kubernetes: {kubeconfig: here}\n", "kubernetes.kubeconfig: here is not an absolute path"),
+            ("kubernetes: {server: here}\n", "agent.yaml:1: unknown field `server`"),
             ("logFormat: xml\n", "agent.yaml:1:"),
             ("datapath: ebpf\n", "agent.yaml:1:"),
             ("nodeName: [\n", "agent.yaml:"),

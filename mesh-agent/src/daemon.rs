@@ -2,7 +2,7 @@
 //! status, CNI and the sockets.
 //!
 //! ```text
-//!   DirectorySource ┐                                    ┌ reconcilers ┐
+//!   a source of     ┐                                    ┌ reconcilers ┐
 //!   CNI server      ├▶ Store ─▶ Planner ─▶ Desired ─▶ Runner           ├▶ Board ─▶ API, metrics
 //!   Observer        │             │                      ├ Observer    │
 //!   Rotator         ┘             │                      └ Rotator     ┘
@@ -16,9 +16,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
-use keyservice::Incumbents;
 use keyservice::admission::IncumbentsProblem;
 use keyservice::rotation::KeyStore;
+use keyservice::{Announcement, Incumbents};
 use mesh_api::defaults;
 use mesh_api::status::Issue;
 use tokio::signal::unix::{SignalKind, signal};
@@ -31,6 +31,7 @@ use crate::api::{self, Api, Keys};
 use crate::cni;
 use crate::config::{AgentConfig, DatapathChoice};
 use crate::desired::Datapath;
+use crate::kubernetes::{announce, client, condition, node_status};
 use crate::metrics::Metrics;
 use crate::observe::{self, Observer};
 use crate::planner::{self, Planner};
@@ -45,11 +46,12 @@ use crate::reconcile::{
 use crate::rotate::{self, Rotator, SecretFile};
 use crate::runner::Runner;
 use crate::source::directory::DirectorySource;
+use crate::source::kubernetes::KubernetesSource;
 use crate::state::StateDir;
 use crate::status::Board;
 use crate::store::Store;
 use crate::wireguard::{Kernel, KeyRing, Live, NodeDatapaths};
-use crate::{kernel_events, learned, notify};
+use crate::{kernel_events, learned, notify, source};
 
 /// Name of what the node knows of itself, as a source.
 const LOCAL: &str = "local";
@@ -87,14 +89,19 @@ pub async fn run(config: AgentConfig) -> Result<()> {
     info!(
         node = config.node_name,
         public_keys = ?keys.state.slots.iter().map(|slot| slot.public_key).collect::<Vec<_>>(),
-        manifests = %config.manifests.display(),
+        objects = config.kubernetes.as_ref().map_or(config.manifests.display().to_string(), |_| "API server".to_owned()),
         state = %config.state_dir.display(),
         version = env!("CARGO_PKG_VERSION"),
         "mesh-agent starts"
     );
 
     api::prepare_run_dir(&config.run_dir)?;
-    let store = Store::new(&[DIRECTORY, LOCAL, cni::SOURCE]);
+    let client = match &config.kubernetes {
+        Some(kubernetes) => Some(client::connect(kubernetes).await?),
+        None => None,
+    };
+    let objects = if client.is_some() { source::kubernetes::NAME } else { DIRECTORY };
+    let store = Store::new(&[objects, LOCAL, cni::SOURCE]);
     // A socket for each of those that dump at the same time: one socket has one dump.
     let connect = || Netlink::connect().context("rtnetlink");
     let netlink = connect()?;
@@ -138,8 +145,6 @@ pub async fn run(config: AgentConfig) -> Result<()> {
         store.clone(),
         state.learned(),
     );
-    let source = DirectorySource::new(&config.manifests, &config.node_name, store.clone())
-        .with_context(|| format!("cannot watch {}", config.manifests.display()))?;
     let planner = Planner {
         store: store.clone(),
         board: board.clone(),
@@ -151,15 +156,24 @@ pub async fn run(config: AgentConfig) -> Result<()> {
     let runner = Runner::new(reconcilers, board.clone());
     let cni_socket = cni::serve::bind(&config.run_dir.join(defaults::CNI_SOCKET), 0o600)?;
     let metrics = Arc::new(Metrics { engine: Some(engine.clone()), cni: Some(cni_server.clone()) });
-    let keys = Some(Arc::new(Keys::new(orders, config.manifests.clone())));
-    let api = Api { board: board.clone(), store, denied: denied.clone(), metrics, keys };
+    let manifests = client.is_none().then(|| config.manifests.clone());
+    let keys = Some(Arc::new(Keys::new(orders, manifests)));
+    let api = Api { board: board.clone(), store: store.clone(), denied: denied.clone(), metrics, keys };
 
     let mut tasks = Tasks::default();
     tasks.spawn("kernel event listener", kernel_events::follow(wake.clone()).context("rtnetlink events")?);
-    tasks.spawn("directory source", source.run());
+    match client {
+        Some(client) => talk_to_cluster(&mut tasks, client, &config, &store, &board, to_announcer),
+        None => {
+            let source = DirectorySource::new(&config.manifests, &config.node_name, store.clone())
+                .with_context(|| format!("cannot watch {}", config.manifests.display()))?;
+            tasks.spawn("directory source", source.run());
+            let announcer = planner::announce(config.manifests.clone(), to_announcer, board.clone());
+            tasks.spawn("announcer", announcer);
+        }
+    }
     tasks.spawn("observer", observer.run(wake.clone()));
     tasks.spawn("planner", planner.run());
-    tasks.spawn("announcer", planner::announce(config.manifests.clone(), to_announcer, board.clone()));
     tasks.spawn("rotator", rotator.run(to_obey));
     tasks.spawn("runner", runner.run(to_runner, wake));
     tasks.spawn("CNI server", cni::serve::serve(cni_server, cni_socket, stop.clone()));
@@ -187,6 +201,23 @@ pub async fn run(config: AgentConfig) -> Result<()> {
         // None of them ends by itself. systemd starts anew, and what is in place stays until then.
         Some(name) => bail!("the {name} ended unexpectedly"),
     }
+}
+
+/// The API server in place of a directory: what it says, and what it is told.
+fn talk_to_cluster(
+    tasks: &mut Tasks,
+    client: kube::Client,
+    config: &AgentConfig,
+    store: &Store,
+    board: &Board,
+    announcements: watch::Receiver<Option<Announcement>>,
+) {
+    let source = KubernetesSource::new(client.clone(), &config.node_name, store.clone());
+    tasks.spawn("Kubernetes source", source.run());
+    let announcer = announce::announce(client.clone(), store.clone(), announcements, board.clone());
+    tasks.spawn("announcer", announcer);
+    tasks.spawn("teller of the condition", condition::tell(client.clone(), board.clone()));
+    tasks.spawn("teller of the node's status", node_status::tell(client, board.clone()));
 }
 
 /// Whom this node admitted before. A damaged file has been put aside: going on without it beats being down, and

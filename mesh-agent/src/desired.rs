@@ -87,6 +87,8 @@ pub enum RouteTarget {
         /// Preferred source address of locally made packets.
         src: Option<IpAddr>,
     },
+    /// Back to the rules: the tables behind ours know the way.
+    Throw,
     /// An ICMP unreachable: the fall-back that keeps pod traffic from leaving in clear text.
     Unreachable,
 }

@@ -14,6 +14,7 @@ pub mod files;
 pub mod heal;
 pub mod ipam;
 pub mod kernel_events;
+pub mod kubernetes;
 pub mod learned;
 pub mod metrics;
 pub mod names;

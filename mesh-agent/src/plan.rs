@@ -91,7 +91,7 @@ pub fn plan(snapshot: &Snapshot) -> Planned {
     host::links(snapshot, &members.own, &mut desired);
     host::sysctls(snapshot, &mut desired);
     desired.masquerade = host::masquerade(snapshot);
-    desired.routes = routes::routes(snapshot, &members, &peers);
+    desired.routes = routes::routes(snapshot, &members, &peers, &addresses);
     desired.rules = routes::rules(&mesh.pools);
     for slot in &snapshot.local.rotation.slots {
         desired.wireguard.insert(name_of(slot.epoch).to_owned(), peers.device(snapshot, slot));

@@ -173,6 +173,8 @@ impl Reach {
 pub struct MeshSpec {
     /// The cluster's pod ranges.
     pub pools: Vec<IpNet>,
+    /// Another network plugin gives pods their interfaces and addresses.
+    pub external: bool,
     /// MTU of the mesh device and of pods, bytes.
     pub mtu: u32,
     /// Nothing with a pod's address leaves unencrypted: what no peer owns in the pools, and nodes that are
@@ -194,6 +196,7 @@ impl Default for MeshSpec {
     fn default() -> Self {
         Self {
             pools: Vec::new(),
+            external: false,
             mtu: mesh_api::defaults::MTU,
             strict_encryption: true,
             listen_port: mesh_api::defaults::PORT,

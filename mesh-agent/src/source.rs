@@ -3,4 +3,5 @@
 pub mod assemble;
 pub mod decode;
 pub mod directory;
+pub mod kubernetes;
 pub mod manifest;

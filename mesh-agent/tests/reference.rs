@@ -5,7 +5,7 @@
 use std::fs;
 use std::path::Path;
 
-use mesh_agent::config::reference::{configuration_md, crd_yaml};
+use mesh_agent::config::reference::{configuration_md, crds};
 
 fn same_as_committed(path: &str, generated: &str) {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(path);
@@ -24,15 +24,20 @@ fn the_committed_configuration_reference_is_the_codes() {
 
 #[test]
 fn the_committed_resource_definition_is_the_codes() {
-    same_as_committed("manifests/crds/margay.io_meshconfigurations.yaml", &crd_yaml().unwrap());
+    for (file, text) in crds().unwrap() {
+        same_as_committed(&format!("manifests/crds/{file}"), &text);
+    }
 }
 
 #[test]
 fn the_resource_definition_is_one_an_api_server_takes() {
-    let crd: serde_json::Value = serde_saphyr::from_str(&crd_yaml().unwrap()).unwrap();
-    assert_eq!(crd["spec"]["scope"], "Cluster");
-    assert_eq!(crd["metadata"]["name"], "meshconfigurations.margay.io");
-    structural(&crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"], "");
+    for (file, text) in crds().unwrap() {
+        let crd: serde_json::Value = serde_saphyr::from_str(&text).unwrap();
+        assert_eq!(crd["spec"]["scope"], "Cluster");
+        let name = crd["metadata"]["name"].as_str().unwrap();
+        assert_eq!(file, format!("margay.io_{}.yaml", name.strip_suffix(".margay.io").unwrap()));
+        structural(&crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"], "");
+    }
 }
 
 /// The rules of structural schemas: no `additionalProperties: false`, no references, a type for each field.

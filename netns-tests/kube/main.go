@@ -32,7 +32,7 @@ var calls = map[string]func(){
 
 // Verbosity counts before flags are parsed, for kubectl looks for plugins and preferences while it builds its commands.
 func kubectl() {
-	if err := logs.GlogSetter(cmd.GetLogVerbosity(os.Args)); err != nil {
+	if _, err := logs.GlogSetter(cmd.GetLogVerbosity(os.Args)); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 	}
 	util.CheckErr(cli.RunNoErrOutput(cmd.NewDefaultKubectlCommand()))

@@ -166,8 +166,9 @@ fn act(lab: &mut Lab, request: Request) -> Result<()> {
 
 fn write_state(lab: &Lab) -> Result<()> {
     let mut hosts = BTreeMap::new();
-    for name in lab.node_names().iter().chain(lab.spec().externals.iter().map(|external| &external.name)) {
-        hosts.insert(name.clone(), lab.host(name)?.pid());
+    for name in lab.host_names() {
+        let pid = lab.host(&name)?.pid();
+        hosts.insert(name, pid);
     }
     let pods = lab
         .pods()

@@ -1,5 +1,6 @@
 //! A running lab: hosts on a wire, each with agent and datapath, and the pods on them.
 
+mod cluster;
 mod pods;
 
 use std::collections::BTreeMap;
@@ -18,7 +19,7 @@ use crate::host::Host;
 use crate::manifests::{self, PodStatus};
 use crate::pods::Pod;
 use crate::probe::server::Server;
-use crate::spec;
+use crate::spec::{self, API_SERVER};
 use crate::wait;
 use crate::wire::{Router, Wire};
 
@@ -105,6 +106,19 @@ impl Lab {
 
     /// Writes the cluster's objects and starts datapath and agent on every node.
     pub fn start_mesh(&mut self) -> Result<()> {
+        self.write_cluster()?;
+        for name in self.node_names() {
+            self.start_node(&name)?;
+        }
+        Ok(())
+    }
+
+    /// Writes what the cluster says of nodes, namespaces and so on: to the API server, which it starts, if the lab has
+    /// one, else for the nodes' manifest directories.
+    pub fn write_cluster(&mut self) -> Result<()> {
+        if self.spec.api_server.is_some() {
+            self.start_cluster()?;
+        }
         let mut objects = vec![manifests::mesh(&self.spec)];
         objects.extend(self.spec.nodes.iter().map(manifests::node));
         let mut namespaces = self.spec.namespaces.clone();
@@ -116,19 +130,23 @@ impl Lab {
         objects.extend(namespaces.iter().map(manifests::namespace));
         objects.extend(self.spec.policies.iter().cloned());
         for object in objects {
-            self.objects.insert(manifests::file_name(&object), object);
+            if self.spec.api_server.is_some() {
+                self.put(object)?;
+            } else {
+                self.objects.insert(manifests::file_name(&object), object);
+            }
         }
-        for name in self.node_names() {
-            self.start_node(&name)?;
-        }
-        Ok(())
+        self.apply_manifests()
     }
 
-    /// Puts a node's files in place and starts its units, as a boot would.
-    fn start_node(&self, name: &str) -> Result<()> {
+    /// Puts a node's files in place, as whoever installs it would.
+    pub fn write_node(&self, name: &str) -> Result<()> {
         let host = self.host(name)?;
-        host.write(CONFIG, format!("nodeName: {name}\n").as_bytes())?;
         host.write("/etc/cni/net.d/10-margay.conflist", crate::pods::conflist().to_string().as_bytes())?;
+        if self.spec.api_server.is_some() {
+            return self.join_cluster(name);
+        }
+        host.write(CONFIG, format!("nodeName: {name}\n").as_bytes())?;
         for (file, object) in &self.objects {
             host.write(&format!("{MANIFESTS}/{file}"), &serde_json::to_vec_pretty(object)?)?;
         }
@@ -136,6 +154,12 @@ impl Lab {
             crate::mounts::copy_tree(directory, &host.path(&format!("{MANIFESTS}/extra")))?;
         }
         self.carrier.add(host);
+        Ok(())
+    }
+
+    /// Puts a node's files in place and starts its units, as a boot would.
+    fn start_node(&self, name: &str) -> Result<()> {
+        self.write_node(name)?;
         if self.is_guest(name) {
             return Ok(());
         }
@@ -208,10 +232,15 @@ impl Lab {
         text
     }
 
-    /// Writes an object to every node, if it is not there already.
+    /// Writes an object to every node or to the API server, if it is not there already.
     pub fn put(&mut self, object: Value) -> Result<()> {
         let file = manifests::file_name(&object);
         if self.objects.get(&file) == Some(&object) {
+            return Ok(());
+        }
+        if self.spec.api_server.is_some() {
+            self.apply(&object)?;
+            self.objects.insert(file, object);
             return Ok(());
         }
         for name in self.node_names() {
@@ -223,10 +252,13 @@ impl Lab {
         Ok(())
     }
 
-    /// Deletes an object (known by kind, namespace and name) from every node.
+    /// Deletes an object (known by kind, namespace and name) from every node or from the API server.
     pub fn delete(&mut self, object: &Value) -> Result<()> {
         let file = manifests::file_name(object);
         self.objects.remove(&file);
+        if self.spec.api_server.is_some() {
+            return self.cluster()?.client().delete(object);
+        }
         for host in self.node_names().iter().filter_map(|name| self.hosts.get(name)) {
             host.remove(&format!("{MANIFESTS}/{file}"))?;
         }
@@ -278,6 +310,9 @@ impl Lab {
         }
         self.hosts.insert(name.into(), host);
         self.address_host(name)?;
+        if name == API_SERVER {
+            return self.cluster()?.resume();
+        }
         self.start_node(name)?;
         self.settle_node(name, PATIENCE)?;
         let pods: Vec<(spec::Pod, PodStatus)> = self
@@ -349,16 +384,19 @@ impl Lab {
         self.spec.nodes.iter().any(|node| node.name == name && node.datapath == spec::Datapath::Guest)
     }
 
-    fn host_names(&self) -> Vec<String> {
+    /// Names of all hosts.
+    pub fn host_names(&self) -> Vec<String> {
         let externals = self.spec.externals.iter().map(|external| external.name.clone());
-        self.node_names().into_iter().chain(externals).collect()
+        let server = self.spec.api_server.iter().map(|_| API_SERVER.to_owned());
+        self.node_names().into_iter().chain(externals).chain(server).collect()
     }
 
     /// A host's own addresses.
     pub fn ips(&self, name: &str) -> Result<Vec<IpAddr>> {
-        let nodes = self.spec.nodes.iter().map(|node| (&node.name, &node.ips));
-        let externals = self.spec.externals.iter().map(|external| (&external.name, &external.ips));
-        let mut all = nodes.chain(externals);
+        let nodes = self.spec.nodes.iter().map(|node| (node.name.as_str(), &node.ips));
+        let externals = self.spec.externals.iter().map(|external| (external.name.as_str(), &external.ips));
+        let server = self.spec.api_server.iter().map(|server| (API_SERVER, &server.ips));
+        let mut all = nodes.chain(externals).chain(server);
         all.find(|(known, _)| *known == name)
             .map(|(_, ips)| ips.clone())
             .with_context(|| format!("no host {name}"))

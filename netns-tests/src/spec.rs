@@ -23,6 +23,9 @@ pub struct Lab {
     /// Hosts on the underlay that are no part of the mesh.
     #[serde(default)]
     pub externals: Vec<External>,
+    /// An API server: the cluster's objects are there, and in no manifest directory.
+    #[serde(default)]
+    pub api_server: Option<ApiServer>,
     /// Namespaces; one that a pod names and this list does not has no labels but its name.
     #[serde(default)]
     pub namespaces: Vec<Namespace>,
@@ -32,7 +35,7 @@ pub struct Lab {
     /// NetworkPolicies (any Kubernetes objects), as written in a manifest.
     #[serde(default)]
     pub policies: Vec<Value>,
-    /// A directory of manifests (relative to the lab file) that every host gets too.
+    /// A directory of manifests (relative to the lab file) that every host gets too, or the API server if there is one.
     #[serde(default)]
     pub manifests: Option<PathBuf>,
     /// The cables.
@@ -85,6 +88,17 @@ pub struct External {
     /// Its addresses on the underlay.
     pub ips: Vec<IpAddr>,
 }
+
+/// The host of the API server, which is no node. Its name is [`API_SERVER`].
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ApiServer {
+    /// Its addresses on the underlay; the first is the one it advertises.
+    pub ips: Vec<IpAddr>,
+}
+
+/// Name of the API server's host.
+pub const API_SERVER: &str = "apiserver";
 
 /// A namespace.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -292,10 +306,14 @@ impl Lab {
         let nodes = self.nodes.iter().enumerate().map(|(i, n)| (format!("nodes[{i}]"), &n.name, &n.ips));
         let externals =
             self.externals.iter().enumerate().map(|(i, e)| (format!("externals[{i}]"), &e.name, &e.ips));
-        for (field, name, addresses) in nodes.chain(externals) {
+        let server = self.api_server.iter().map(|server| ("apiServer".to_owned(), &server.ips));
+        let hosts_of_file = nodes.chain(externals).map(|(field, name, ips)| (field, name.as_str(), ips));
+        for (field, name, addresses) in
+            hosts_of_file.chain(server.map(|(field, ips)| (field, API_SERVER, ips)))
+        {
             label(name).with_context(|| format!("{field}.name"))?;
             ensure!(name != "wire", "{field}.name: `wire` is the lab's own");
-            ensure!(hosts.insert(name.as_str()), "{field}.name: {name} is there twice");
+            ensure!(hosts.insert(name), "{field}.name: {name} is there twice");
             ensure!(!addresses.is_empty(), "{field}.ips: a host needs an address");
             for ip in addresses {
                 ensure!(ips.insert(*ip), "{field}.ips: {ip} is there twice");
@@ -405,6 +423,13 @@ pods:
             ("lossPercent: 5", "lossPercent: 500", "links[0].lossPercent"),
             ("192.0.2.2", "192.0.2.1", "nodes[1].ips"),
             ("between: [a, b]", "between: [a, z]", "links[0].between"),
+            ("underlay:", "apiServer: {ips: [192.0.2.1]}\nunderlay:", "apiServer.ips"),
+            ("underlay:", "apiServer: {}\nunderlay:", "ips"),
+            (
+                "name: b",
+                "name: apiserver}\napiServer: {ips: [192.0.2.9]}\nexternals:\n  - {name: b",
+                "apiServer.name",
+            ),
             ("mtu: 1400", "mtoo: 1400", "mtoo"),
             ("delayMs: 2", "delay: 2", "delay"),
             ("podCIDRs: [10.2", "podCidrs: [10.2", "podCidrs"),

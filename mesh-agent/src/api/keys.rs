@@ -18,14 +18,15 @@ use crate::source::directory::edit::{EditError, raise_rotation_epoch};
 #[derive(Debug)]
 pub struct Keys {
     orders: mpsc::Sender<Order>,
-    manifests: PathBuf,
+    /// `None` where an API server has it, which this agent may not write to.
+    manifests: Option<PathBuf>,
     /// Two edits of the manifest at a time would be one.
     editing: Mutex<()>,
 }
 
 impl Keys {
-    /// To the rotator, and to the directory that holds the MeshConfiguration.
-    pub fn new(orders: mpsc::Sender<Order>, manifests: PathBuf) -> Self {
+    /// To the rotator, and to the directory that holds the MeshConfiguration, if one does.
+    pub fn new(orders: mpsc::Sender<Order>, manifests: Option<PathBuf>) -> Self {
         Self { orders, manifests, editing: Mutex::new(()) }
     }
 }
@@ -66,7 +67,14 @@ async fn rotate_all(State(api): State<Api>) -> Response {
     if epoch > MAX_EPOCH {
         return refuse(StatusCode::CONFLICT, "there is no epoch after this one");
     }
-    let manifests = keys.manifests.clone();
+    let Some(manifests) = keys.manifests.clone() else {
+        let patch = format!("{{\"spec\":{{\"rotationEpoch\":{epoch}}}}}");
+        let message = format!(
+            "the MeshConfiguration is in the API server, and no node may change it: kubectl patch meshconfiguration \
+             default --type merge -p '{patch}'"
+        );
+        return refuse(StatusCode::CONFLICT, message);
+    };
     let edit = tokio::task::spawn_blocking(move || raise_rotation_epoch(&manifests, epoch));
     match edit.await {
         Ok(Ok(file)) => {

@@ -23,7 +23,11 @@ impl Server {
             netns.ok_or_else(|| Refusal::environment("CNI_NETNS: no descriptor came with the request"))?;
         self.gate.ready().map_err(Refusal::unavailable)?;
         let _busy = self.hold(&key)?;
-        let mtu = self.store.current().cluster.mesh.mtu;
+        let mesh = self.store.current().cluster.mesh.clone();
+        if mesh.external {
+            return Err(Refusal::unavailable(super::EXTERNAL));
+        }
+        let mtu = mesh.mtu;
         let lease = match self.existing(&key, &ask).await? {
             Some(lease) => lease,
             None => {

@@ -39,6 +39,9 @@ pub struct MeshConfigurationSpec {
     /// How pods' packets travel between nodes.
     #[serde(default)]
     pub mode: Mode,
+    /// Who gives pods their interfaces and addresses.
+    #[serde(default)]
+    pub pod_network: PodNetwork,
     /// The cluster's pod ranges. A node's pod CIDRs and every pod's address lie in one of them.
     #[serde(default)]
     pub pools: Vec<Pool>,
@@ -80,6 +83,18 @@ pub enum Mode {
     #[serde(rename = "wireguard")]
     #[default]
     WireGuard,
+}
+
+/// Who gives pods their interfaces and addresses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum PodNetwork {
+    /// We do.
+    #[default]
+    Margay,
+    /// Another network plugin, whose interfaces, routes and source NAT stay as they are: what is between pods of
+    /// different nodes is encrypted on its way. Which addresses a node's pods have is what the pods' objects say.
+    External,
 }
 
 /// A range of pod addresses.
@@ -166,6 +181,11 @@ impl MeshConfigurationSpec {
                 }
             }
         }
+        if self.pod_network == PodNetwork::External && self.strict_encryption && self.pools.is_empty() {
+            let message = "true needs pools where podNetwork is external: without them nobody can tell which \
+                           addresses are pods', and one not known yet would be reached in clear text";
+            errors.push(("strictEncryption".to_owned(), message.to_owned()));
+        }
         check_mtu(self.mtu, "mtu", &mut errors);
         check_port(self.listen_port, "listenPort", &mut errors);
         check_masquerade(&self.masquerade, "masquerade", &mut errors);
@@ -192,6 +212,7 @@ impl MeshConfigurationSpec {
     pub fn for_node(&self, labels: &Labels) -> MeshSpec {
         let mut out = MeshSpec {
             pools: self.pools.iter().filter_map(|pool| prefix(&pool.cidr).ok()).collect(),
+            external: self.pod_network == PodNetwork::External,
             mtu: self.mtu,
             strict_encryption: self.strict_encryption,
             listen_port: self.listen_port,

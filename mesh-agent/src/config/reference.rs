@@ -1,8 +1,9 @@
-//! The custom resource's definition and the configuration reference, made from the types so that they
+//! The custom resources' definitions and the configuration reference, made from the types so that they
 //! cannot say anything else. A test holds the committed files against them.
 
 use std::fmt::Write as _;
 
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::CustomResourceExt;
 use schemars::JsonSchema;
 use schemars::generate::SchemaSettings;
@@ -10,10 +11,16 @@ use serde_json::{Map, Value};
 
 use super::AgentConfig;
 use super::mesh::{MeshConfiguration, MeshConfigurationSpec};
+use super::node_status::MeshNodeStatus;
 
-/// `manifests/crds/margay.io_meshconfigurations.yaml`.
-pub fn crd_yaml() -> Result<String, serde_saphyr::SerializeError> {
-    Ok(format!("# Generated from the Rust types.\n{}", serde_saphyr::to_string(&MeshConfiguration::crd())?))
+/// The custom resources' definitions, by their file's name below `manifests/crds/`.
+pub fn crds() -> Result<Vec<(String, String)>, serde_saphyr::SerializeError> {
+    let all = [MeshConfiguration::crd(), MeshNodeStatus::crd()];
+    let file = |crd: &CustomResourceDefinition| {
+        let name = format!("{}_{}.yaml", crd.spec.group, crd.spec.names.plural);
+        Ok((name, format!("# Generated from the Rust types.\n{}", serde_saphyr::to_string(crd)?)))
+    };
+    all.iter().map(file).collect()
 }
 
 /// `docs/configuration.md`.

@@ -7,7 +7,7 @@ use ipnet::IpNet;
 use mesh_api::status::Issue;
 
 use super::members::Members;
-use super::{in_any, issue, tunnel_address};
+use super::{in_any, is_reachable, issue, tunnel_address};
 use crate::snapshot::{ObjectRef, Pod, Snapshot};
 
 /// The outcome.
@@ -15,6 +15,8 @@ use crate::snapshot::{ObjectRef, Pod, Snapshot};
 pub(super) struct Addresses {
     /// Peers' pod addresses that none of the peer's prefixes holds, by peer.
     pub(super) exceptions: BTreeMap<String, BTreeSet<IpAddr>>,
+    /// This node's pods' addresses, as their objects say.
+    pub(super) own: BTreeSet<IpAddr>,
     /// Addresses a Pod object names that are not its own.
     pub(super) lost: BTreeSet<(ObjectRef, IpAddr)>,
 }
@@ -61,12 +63,16 @@ impl Addresses {
                 }
             }
             held.insert(ip, Holder::Pod(pod_ref));
-            if !in_any(&snapshot.cluster.mesh.pools, ip) {
+            let mesh = &snapshot.cluster.mesh;
+            // Where another network plugin is in charge its ranges need not be known.
+            let anywhere = mesh.external && mesh.pools.is_empty() && is_reachable(ip);
+            if !anywhere && !in_any(&mesh.pools, ip) {
                 let message = format!("{ip} is outside every pool, so no other node reaches it");
                 issues.push(issue(object(), "status.podIPs", "AddressOutsidePools", message));
                 continue;
             }
             if pod.node == own_name {
+                out.own.insert(ip);
                 continue;
             }
             let Some(peer) = members.peers.get(&pod.node) else { continue };

@@ -48,7 +48,7 @@ fn valid(snapshot: &Snapshot, slots: &[&Slot], issues: &mut Vec<Issue>) -> Optio
         keys: slots.iter().map(claim).collect(),
         endpoints: endpoints(snapshot, newest),
         capabilities: BTreeSet::from([CAPABILITY.to_owned()]),
-        pod_cidrs: local.pod_cidrs.clone(),
+        pod_cidrs: if snapshot.cluster.mesh.external { Vec::new() } else { local.pod_cidrs.clone() },
     };
     match announcement.validate() {
         Ok(()) => Some(announcement),

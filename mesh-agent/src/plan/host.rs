@@ -53,7 +53,8 @@ pub(super) fn sysctls(snapshot: &Snapshot, desired: &mut Desired) {
 /// Source NAT for what leaves the cluster.
 pub(super) fn masquerade(snapshot: &Snapshot) -> Option<Masquerade> {
     let mesh = &snapshot.cluster.mesh;
-    if !mesh.masquerade || mesh.pools.is_empty() {
+    // Another plugin does its own.
+    if !mesh.masquerade || mesh.pools.is_empty() || mesh.external {
         return None;
     }
     let nodes = snapshot.cluster.nodes.values().flat_map(|node| &node.internal_ips).copied().map(host_prefix);

@@ -28,6 +28,7 @@ impl Members {
     ) -> Self {
         let local = &snapshot.local;
         let cluster = &snapshot.cluster;
+        let external = cluster.mesh.external;
         let own_keys: Vec<_> = local.keys().collect();
         let is_ours = |key: &KeyClaim| {
             own_keys.contains(&key.public_key) || local.former_keys.contains(&key.public_key)
@@ -35,11 +36,16 @@ impl Members {
         let mut claims = Vec::new();
         let mut silent = BTreeMap::new();
         for (name, node) in &cluster.nodes {
-            let authority = authority(node);
+            let authority = authority(node, external);
             match Announcement::from_annotations(name, &node.annotations) {
                 // What we have just said of ourselves is newer than what came back.
                 Ok(Some(said)) if *name == local.node_name && said.keys.iter().all(is_ours) => {}
-                Ok(Some(announcement)) => claims.push(Claim { announcement, authority }),
+                Ok(Some(mut announcement)) => {
+                    if external {
+                        announcement.pod_cidrs.clear();
+                    }
+                    claims.push(Claim { announcement, authority });
+                }
                 Ok(None) => drop(silent.insert(name.clone(), authority)),
                 Err(error) => {
                     let object = format!("Node/{name}");
@@ -51,7 +57,7 @@ impl Members {
         let own_node = cluster.nodes.get(&local.node_name);
         if let Some(announcement) = announced {
             silent.remove(&local.node_name);
-            let authority = own_node.map(authority).unwrap_or_default();
+            let authority = own_node.map(|node| authority(node, external)).unwrap_or_default();
             claims.push(Claim { announcement: announcement.clone(), authority });
         }
         let rules = Rules {
@@ -71,10 +77,11 @@ impl Members {
     }
 }
 
-fn authority(node: &Node) -> Authority {
+/// With an `external` pod network a node's prefixes say nothing: its pods do.
+fn authority(node: &Node, external: bool) -> Authority {
     Authority {
         uid: node.uid.clone(),
-        pod_cidrs: node.pod_cidrs.clone(),
+        pod_cidrs: if external { Vec::new() } else { node.pod_cidrs.clone() },
         addresses: node.internal_ips.iter().chain(&node.external_ips).copied().collect(),
     }
 }
@@ -95,7 +102,8 @@ fn own(admitted: Option<&Admitted>, node: Option<&Node>) -> Own {
 
 fn about_own(snapshot: &Snapshot, node: Option<&Node>, own: &Own, issues: &mut Vec<Issue>) {
     let object = format!("Node/{}", snapshot.local.node_name);
-    if snapshot.cluster.mesh.pools.is_empty() {
+    let mesh = &snapshot.cluster.mesh;
+    if mesh.pools.is_empty() && !mesh.external {
         let message = "no pools are configured, so no prefix belongs to the mesh";
         issues.push(issue("MeshConfiguration/default", "spec.pools", "NoPools", message));
     }
@@ -106,7 +114,7 @@ fn about_own(snapshot: &Snapshot, node: Option<&Node>, own: &Own, issues: &mut V
     if snapshot.local.rotation.slots.is_empty() {
         issues.push(issue(object.clone(), "", "NoKey", "this node has no key, so it has no tunnels"));
     }
-    if own.pod_cidrs.is_empty() {
+    if own.pod_cidrs.is_empty() && !mesh.external {
         let message = "this node has no pod prefix, so its pods get no addresses of their own accord";
         issues.push(issue(object, "spec.podCIDRs", "NoPrefix", message));
     }

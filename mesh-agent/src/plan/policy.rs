@@ -15,7 +15,9 @@ use crate::snapshot::{ObjectRef, Pod, Snapshot};
 pub(super) fn policy(snapshot: &Snapshot, own: &Own, peers: &Peers, addresses: &Addresses) -> Policy {
     let cluster = &snapshot.cluster;
     let local = snapshot.endpoints.values().flat_map(|endpoint| &endpoint.ips);
-    let own_addresses = own.addresses.iter().chain(&own.tunnel_addresses).chain(local).copied();
+    let of_others = addresses.own.iter().filter(|_| cluster.mesh.external);
+    let own_addresses =
+        own.addresses.iter().chain(&own.tunnel_addresses).chain(local).chain(of_others).copied();
     Policy {
         view: model::ClusterView {
             pods: cluster.pods.iter().map(|(name, pod)| of_pod(name, pod, &addresses.lost)).collect(),

@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use ipnet::IpNet;
 use mesh_api::defaults;
 
+use super::addresses::Addresses;
 use super::members::Members;
 use super::peers::Peers;
 use super::{host_prefix, in_any};
@@ -17,7 +18,12 @@ const METRIC: u32 = 100;
 const METRIC_LAST: u32 = u32::MAX;
 
 /// All routes of ours.
-pub(super) fn routes(snapshot: &Snapshot, members: &Members, peers: &Peers) -> BTreeSet<Route> {
+pub(super) fn routes(
+    snapshot: &Snapshot,
+    members: &Members,
+    peers: &Peers,
+    addresses: &Addresses,
+) -> BTreeSet<Route> {
     let mesh = &snapshot.cluster.mesh;
     let mut out = BTreeSet::new();
     let unreachable =
@@ -35,6 +41,14 @@ pub(super) fn routes(snapshot: &Snapshot, members: &Members, peers: &Peers) -> B
                 && !in_any(&mesh.pools, **ip)
         });
         out.extend(elsewhere.map(|ip| unreachable(defaults::TABLE_FROM_PODS, host_prefix(*ip))));
+    }
+    if mesh.external {
+        out.extend(elsewhere_ours(snapshot, addresses).into_iter().map(|dst| Route {
+            table: defaults::TABLE,
+            dst,
+            target: RouteTarget::Throw,
+            metric: METRIC,
+        }));
     }
     for endpoint in snapshot.endpoints.iter().filter(|(_, endpoint)| endpoint.ifindex != 0) {
         let (interface, endpoint) = endpoint;
@@ -60,6 +74,17 @@ pub(super) fn routes(snapshot: &Snapshot, members: &Members, peers: &Peers) -> B
         out.insert(through_tunnel(defaults::TABLE_FROM_PODS, host_prefix(*ip), *device, None));
     }
     out
+}
+
+/// What the network plugin of this node has routes for: its pods' addresses, and the prefix it gives them from, so that
+/// a pod whose object does not say its address yet can be answered.
+fn elsewhere_ours(snapshot: &Snapshot, addresses: &Addresses) -> BTreeSet<IpNet> {
+    let mesh = &snapshot.cluster.mesh;
+    let node = snapshot.cluster.nodes.get(&snapshot.local.node_name);
+    let prefixes = node.map(|node| node.pod_cidrs.as_slice()).unwrap_or_default();
+    let inside = |prefix: &&IpNet| mesh.pools.iter().any(|pool| pool.contains(*prefix));
+    let prefixes = prefixes.iter().filter(inside).copied();
+    prefixes.chain(addresses.own.iter().copied().map(host_prefix)).collect()
 }
 
 /// The rules that lead to our tables.

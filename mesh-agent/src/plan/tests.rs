@@ -1,5 +1,6 @@
 #![allow(clippy::unwrap_used)]
 
+mod external;
 mod laws;
 mod rotation;
 mod table;
@@ -105,6 +106,7 @@ fn lookup(planned: &Planned, table: u32, ip: IpAddr) -> Option<&Route> {
 fn leads_to(planned: &Planned, table: u32, ip: IpAddr) -> Option<String> {
     lookup(planned, table, ip).map(|route| match &route.target {
         RouteTarget::Device { name, .. } => name.clone(),
+        RouteTarget::Throw => "throw".into(),
         RouteTarget::Unreachable => "unreachable".into(),
     })
 }

@@ -69,7 +69,7 @@ pub fn diff(actual: &Actual, desired: &Desired) -> Vec<Op> {
     let wanted = |route: &Route| wish.get(&key(route)) == Some(route);
     let withheld = |route: &Route| match &route.target {
         RouteTarget::Device { name, .. } => desired.withhold.contains(name),
-        RouteTarget::Unreachable => false,
+        RouteTarget::Throw | RouteTarget::Unreachable => false,
     };
     let taken: BTreeSet<Key> = actual.routes.iter().map(key).collect();
 
@@ -136,7 +136,7 @@ impl RouteReconciler {
                     Some(link) => Some(link.index),
                     None => return Err(ReconcileError::new(object(route), absent(name))),
                 },
-                RouteTarget::Unreachable => None,
+                RouteTarget::Throw | RouteTarget::Unreachable => None,
             };
             Ok(message::render(route, index))
         };
@@ -177,6 +177,7 @@ fn object(route: &Route) -> String {
     let Route { table, dst, target, .. } = route;
     match target {
         RouteTarget::Device { name, .. } => format!("route {dst} dev {name} table {table}"),
+        RouteTarget::Throw => format!("route throw {dst} table {table}"),
         RouteTarget::Unreachable => format!("route unreachable {dst} table {table}"),
     }
 }

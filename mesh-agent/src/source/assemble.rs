@@ -13,6 +13,9 @@ use crate::snapshot::{Cluster, Labels, Node};
 /// Most issues told; a directory of garbage must not fill the memory with complaints.
 const MAX_ISSUES: usize = 1000;
 
+/// The place of what an API server says.
+const SERVER: &str = "API server";
+
 /// One file's objects.
 #[derive(Debug)]
 pub struct Entry<'a> {
@@ -49,6 +52,16 @@ pub fn assemble(entries: &[Entry<'_>], own_name: &str) -> (Cluster, usize) {
                 None => out.object(decoded, entry.place),
             }
         }
+    }
+    out.finish(own_name)
+}
+
+/// The same from an API server, which has every object once.
+pub fn of_server<'a>(objects: impl Iterator<Item = &'a Decoded>, own_name: &str) -> (Cluster, usize) {
+    let mut out = Assembly::default();
+    for decoded in objects {
+        out.problems(decoded, SERVER);
+        out.object(decoded, SERVER);
     }
     out.finish(own_name)
 }

@@ -67,6 +67,17 @@ impl Kind {
         }
     }
 
+    /// As written in the API's paths.
+    pub const fn plural(self) -> &'static str {
+        match self {
+            Self::MeshConfiguration => "meshconfigurations",
+            Self::Node => "nodes",
+            Self::Namespace => "namespaces",
+            Self::Pod => "pods",
+            Self::NetworkPolicy => "networkpolicies",
+        }
+    }
+
     const fn namespaced(self) -> bool {
         matches!(self, Self::Pod | Self::NetworkPolicy)
     }
@@ -142,34 +153,46 @@ pub struct Decoded {
     pub problems: Problems,
 }
 
-/// Decodes one object of a known kind.
+/// Decodes one object of a known kind, as somebody wrote it.
 pub fn decode(kind: Kind, value: &Value) -> Decoded {
-    let mut problems = Problems::default();
-    let key = key(kind, value, &mut problems);
+    decode_from(kind, value, true)
+}
+
+/// Decodes one object as an API server has it. A field that is not known is then no slip of somebody's pen but a newer
+/// server's; only where it may narrow what an object means it still counts.
+pub fn decode_served(kind: Kind, value: &Value) -> Decoded {
+    decode_from(kind, value, kind == Kind::NetworkPolicy)
+}
+
+fn decode_from(kind: Kind, value: &Value, told: bool) -> Decoded {
+    let mut found = Problems::default();
+    let problems = &mut found;
+    let key = key(kind, value, problems);
     let object = match kind {
-        Kind::MeshConfiguration => typed(value, &mut problems)
-            .and_then(|object: MeshConfiguration| mesh::decode(object, &mut problems))
+        Kind::MeshConfiguration => typed(value, told, problems)
+            .and_then(|object: MeshConfiguration| mesh::decode(object, problems))
             .map(|spec| Object::Mesh(Box::new(spec))),
-        Kind::Node => typed(value, &mut problems)
-            .map(|node: core::v1::Node| Object::Node(node::decode(&node, &mut problems))),
-        Kind::Namespace => typed(value, &mut problems)
-            .map(|object: core::v1::Namespace| Object::Namespace(namespace::decode(&object, &mut problems))),
-        Kind::Pod => typed(value, &mut problems)
-            .map(|pod: core::v1::Pod| Object::Pod(pod::decode(&pod, &mut problems))),
+        Kind::Node => typed(value, told, problems)
+            .map(|node: core::v1::Node| Object::Node(node::decode(&node, problems))),
+        Kind::Namespace => typed(value, told, problems)
+            .map(|object: core::v1::Namespace| Object::Namespace(namespace::decode(&object, problems))),
+        Kind::Pod => {
+            typed(value, told, problems).map(|pod: core::v1::Pod| Object::Pod(pod::decode(&pod, problems)))
+        }
         Kind::NetworkPolicy => {
-            let typed = typed::<networking::v1::NetworkPolicy>(value, &mut problems);
+            let typed = typed::<networking::v1::NetworkPolicy>(value, told, problems);
             // Dropping a field would widen a rule (`- form: […]` for `from` admits everyone), and `kubectl apply`
             // refuses it too.
             problems.refuse_unknown("spec.");
             let before = problems.first_refusal().map(|p| format!("{}: {}", p.field, p.message));
             Some(Object::Policy(match (typed, before) {
-                (Some(policy), None) => network_policy::decode(&policy, &key.reference(), &mut problems),
+                (Some(policy), None) => network_policy::decode(&policy, &key.reference(), problems),
                 (_, why) => network_policy::salvage(value, &key.reference(), &why.unwrap_or_default()),
             }))
         }
     };
-    let keep = kind == Kind::NetworkPolicy || !problems.is_refused();
-    Decoded { key, object: object.filter(|_| keep), problems }
+    let keep = kind == Kind::NetworkPolicy || !found.is_refused();
+    Decoded { key, object: object.filter(|_| keep), problems: found }
 }
 
 /// The object's name, read before anything else so that every later problem can name it.
@@ -194,11 +217,11 @@ fn key(kind: Kind, value: &Value, problems: &mut Problems) -> ObjectKey {
     ObjectKey { kind, namespace, name }
 }
 
-/// Reads the typed object; a field of the wrong type refuses it, a field it does not know is a warning.
-fn typed<T: DeserializeOwned + Serialize>(value: &Value, problems: &mut Problems) -> Option<T> {
+/// Reads the typed object; a field of the wrong type refuses it, a field it does not know is `told` by a warning.
+fn typed<T: DeserializeOwned + Serialize>(value: &Value, told: bool, problems: &mut Problems) -> Option<T> {
     match T::deserialize(value) {
         Ok(object) => {
-            if let Ok(known) = serde_json::to_value(&object) {
+            if told && let Ok(known) = serde_json::to_value(&object) {
                 unknown::compare(value, &known, "", problems);
             }
             Some(object)

@@ -31,7 +31,7 @@ pub(super) fn peers(seen: &Observed, now: SystemTime) -> Vec<PeerStatus> {
 fn ways(seen: &Observed) -> BTreeMap<IpNet, &str> {
     let routes = seen.desired.routes.iter().filter_map(|route| match &route.target {
         RouteTarget::Device { name, .. } => Some((route.dst, name.as_str())),
-        RouteTarget::Unreachable => None,
+        RouteTarget::Throw | RouteTarget::Unreachable => None,
     });
     routes.collect()
 }

@@ -1,7 +1,6 @@
 //! Plain HTTP to the API server with the administrator's rights, through the `kubectl proxy` of its host: for a lab that
 //! writes thousands of objects, where a process for each would be too slow.
 
-use std::io::Write as _;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -32,9 +31,7 @@ impl Client {
         stream.set_read_timeout(Some(LIMIT)).context("set time-out")?;
         let body = body.map(|(kind, body)| (kind, body.to_string()));
         let body = body.as_ref().map(|(kind, body)| (*kind, body.as_bytes()));
-        let answer = http::exchange(&mut stream, method, path, body).with_context(what)?;
-        stream.flush().ok();
-        Ok(answer)
+        http::exchange(&mut stream, method, path, body).with_context(what)
     }
 
     /// A request that must succeed.
@@ -66,15 +63,18 @@ impl Client {
 
     /// Server-side apply of an object; its `status`, which the main resource does not take, goes to the subresource.
     pub fn apply(&self, object: &Value) -> Result<()> {
-        let path = self.path(object, None)?;
-        self.apply_at(&path, object)?;
-        if object["status"].is_object() {
+        let mut object = object.clone();
+        strip_nulls(&mut object);
+        let path = self.path(&object, None)?;
+        let status = object.as_object_mut().and_then(|fields| fields.remove("status"));
+        self.apply_at(&path, &object)?;
+        if let Some(status) = status {
             let metadata =
                 json!({"name": object["metadata"]["name"], "namespace": object["metadata"]["namespace"]});
-            let status = json!({
-                "apiVersion": object["apiVersion"], "kind": object["kind"], "metadata": metadata,
-                "status": object["status"],
+            let mut status = json!({
+                "apiVersion": object["apiVersion"], "kind": object["kind"], "metadata": metadata, "status": status,
             });
+            strip_nulls(&mut status);
             self.apply_at(&format!("{path}/status"), &status)?;
         }
         Ok(())
@@ -130,5 +130,17 @@ impl Client {
             bail!("/readyz says {}", String::from_utf8_lossy(&body));
         }
         Ok(())
+    }
+}
+
+/// A field without a value is no field.
+fn strip_nulls(value: &mut Value) {
+    match value {
+        Value::Object(fields) => {
+            fields.retain(|_, field| !field.is_null());
+            fields.values_mut().for_each(strip_nulls);
+        }
+        Value::Array(list) => list.iter_mut().for_each(strip_nulls),
+        _ => {}
     }
 }

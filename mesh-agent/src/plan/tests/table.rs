@@ -25,7 +25,7 @@ fn three_nodes_make_a_mesh() {
     assert_eq!(leads_to(&planned, defaults::TABLE_FROM_PODS, ip("192.0.2.2")).unwrap(), "margay0");
     let src = |address| match lookup(&planned, table, ip(address)).unwrap().target.clone() {
         RouteTarget::Device { src, .. } => src,
-        RouteTarget::Unreachable => None,
+        RouteTarget::Throw | RouteTarget::Unreachable => None,
     };
     assert_eq!(src("10.244.2.9"), Some(ip("192.0.2.1")));
     assert_eq!(src("fd00:10:2::9"), Some(ip("fd00:10:1::1")), "no InternalIP of this family");

@@ -94,6 +94,7 @@ fn parse_ours(message: &RouteMessage, links: &BTreeMap<u32, &str>) -> Option<Rou
     let dst = IpNet::new(ip, message.header.destination_prefix_length).ok()?;
     let target = match message.header.kind {
         RouteType::Unicast => RouteTarget::Device { name: (*links.get(&oif?)?).to_owned(), src },
+        RouteType::Throw => RouteTarget::Throw,
         RouteType::Unreachable => RouteTarget::Unreachable,
         _ => return None,
     };
@@ -139,6 +140,10 @@ pub(super) fn render(route: &Route, index: Option<u32>) -> RouteMessage {
             attributes.extend(index.map(RouteAttribute::Oif));
             let src = src.filter(|src| same_family(&route.dst, src));
             attributes.extend(src.map(|src| RouteAttribute::PrefSource(attribute(src))));
+        }
+        RouteTarget::Throw => {
+            message.header.kind = RouteType::Throw;
+            message.header.scope = RouteScope::Universe;
         }
         RouteTarget::Unreachable => {
             message.header.kind = RouteType::Unreachable;

@@ -27,7 +27,7 @@ fn route() -> impl Strategy<Value = Route> {
     let src = prop_oneof![Just(None), Just(Some(IpAddr::from([10, 0, 0, 1])))];
     let device = (prop_oneof![Just("margay0"), Just("mgy0123456789")], src)
         .prop_map(|(name, src)| RouteTarget::Device { name: name.into(), src });
-    let target = prop_oneof![device, Just(RouteTarget::Unreachable)];
+    let target = prop_oneof![device, Just(RouteTarget::Throw), Just(RouteTarget::Unreachable)];
     let metric = prop_oneof![Just(0u32), Just(1024), Just(u32::MAX)];
     (prop_oneof![Just(TABLE), Just(TABLE_FROM_PODS)], prop_oneof![v4, v6], target, metric)
         .prop_map(|(table, dst, target, metric)| Route { table, dst, target, metric })
