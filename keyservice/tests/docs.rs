@@ -1,7 +1,7 @@
 //! docs/announcements.md says what the code does.
 #![allow(clippy::unwrap_used)]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use keyservice::Announcement;
 use keyservice::admission::reason;
@@ -37,5 +37,24 @@ fn every_annotation_and_reason_is_explained() {
             DOCS.lines().any(|line| line.starts_with("| ") && line.contains(&format!("`{word}`"))),
             "{word}"
         );
+    }
+}
+
+/// The keys below `margay.io/` that a text names in single quotes, as CEL has them.
+fn quoted(text: &str) -> BTreeSet<&str> {
+    text.split('\'').filter(|word| word.starts_with("margay.io/")).collect()
+}
+
+#[test]
+fn the_admission_policies_are_about_the_announcements_annotations() {
+    for policy in [
+        include_str!("../../manifests/base/admission/own-node.yaml"),
+        include_str!("../../manifests/base/admission/announcements.yaml"),
+    ] {
+        assert_eq!(quoted(policy), ANNOTATIONS.into_iter().collect());
+    }
+    let documented = include_str!("../../docs/kubernetes.md");
+    for annotation in ANNOTATIONS {
+        assert!(documented.contains(&format!("| `{annotation}` | agent |")), "{annotation}");
     }
 }

@@ -65,7 +65,7 @@ pub fn reconcilers(netlink: &Netlink, state: &StateDir, keys: KeyRing) -> Vec<Bo
     let datapaths = Box::new(NodeDatapaths::new(netlink.clone()));
     let live = Live::default();
     vec![
-        Box::new(SysctlReconciler::new("/proc/sys", state.sysctls())),
+        Box::new(SysctlReconciler::new(crate::proc_sys::root(), state.sysctls())),
         Box::new(LinkReconciler::new(netlink.clone()).with_live(live.clone())),
         Box::new(AddressReconciler::new(netlink.clone())),
         Box::new(NeighbourReconciler::new(netlink.clone())),

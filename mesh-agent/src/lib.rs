@@ -23,6 +23,7 @@ pub mod observe;
 pub mod own;
 pub mod plan;
 pub mod planner;
+pub mod proc_sys;
 pub mod reconcile;
 pub mod rotate;
 pub mod runner;

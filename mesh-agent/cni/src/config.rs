@@ -29,6 +29,9 @@ pub(crate) struct Config {
     runtime_config: RuntimeConfig,
     #[serde(default)]
     args: Args,
+    /// The interface is another plugin's work, before us in the list: we pass on what it made.
+    #[serde(default)]
+    pub(crate) chained: bool,
     #[serde(default)]
     pub(crate) prev_result: Option<Value>,
     /// GC: what is to stay. Some runtimes wrote it without the `valid-`.

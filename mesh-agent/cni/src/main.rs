@@ -1,10 +1,11 @@
 //! The CNI plugin (<https://www.cni.dev/docs/spec/>, 1.1.0): one question to mesh-agent, one answer to the
-//! container runtime. It holds no state and changes nothing itself.
+//! container runtime. It holds no state and changes nothing itself. With arguments it is its own installer.
 
 mod config;
 mod environment;
 mod error;
 mod exchange;
+mod installer;
 mod plugin;
 mod result;
 
@@ -15,6 +16,10 @@ use std::process::ExitCode;
 const MAX_STDIN: u64 = 4 << 20;
 
 fn main() -> ExitCode {
+    // Runtimes give none (specification section 2).
+    if std::env::args_os().len() > 1 {
+        return installer::main();
+    }
     let mut input = Vec::new();
     let read = std::io::stdin().lock().take(MAX_STDIN + 1).read_to_end(&mut input);
     let outcome = match read {

@@ -36,6 +36,9 @@ pub(crate) fn call(environment: &Environment, input: &[u8]) -> Result<Option<Val
         let version = &config.cni_version;
         return Err(CniError::new(VERSION, format!("cniVersion: {version} has no {}", environment.command)));
     }
+    if config.chained && command != Command::Status {
+        return chained(command, environment, config);
+    }
     let request = request(command, environment, &config)?;
     let netns = match command {
         Command::Add | Command::Check => Some(exchange::open_netns(&environment.netns)?),
@@ -50,6 +53,23 @@ pub(crate) fn call(environment: &Environment, input: &[u8]) -> Result<Option<Val
             Err(CniError { code: NOT_AVAILABLE, ..error })
         }
         Err(error) => Err(error),
+    }
+}
+
+/// Behind the plugin of another CNI: what that one made stays as it is, and is answered on. Who the pod is, the agent knows
+/// from its Pod object, so nothing has to wait for the agent here. STATUS does ask: a node whose traffic would not be
+/// encrypted takes no pods.
+fn chained(command: Command, environment: &Environment, config: Config) -> Result<Option<Value>, CniError> {
+    if command != Command::Gc {
+        environment.attachment()?;
+    }
+    match (command, config.prev_result) {
+        (Command::Add, Some(before)) => Ok(Some(before)),
+        (Command::Add | Command::Check, None) => Err(CniError::new(
+            CONFIG,
+            "prevResult: is missing; with \"chained\" mesh-cni comes after the plugin that makes the interface",
+        )),
+        _ => Ok(None),
     }
 }
 

@@ -163,6 +163,105 @@ fn add_refuses_what_is_no_namespace_or_the_hosts_own() {
 }
 
 #[test]
+fn chained_it_passes_on_what_the_plugin_before_it_made_and_needs_no_agent() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("none.sock");
+    let before = json!({"cniVersion": "1.0.0", "interfaces": [{"name": "eth0", "sandbox": "/x"}],
+        "ips": [{"address": "10.244.1.2/24", "interface": 0}]});
+    let config = |before: Option<&Value>| {
+        let mut config: Value = serde_json::from_str(&config(&socket, "1.0.0")).unwrap();
+        config["chained"] = json!(true);
+        if let Some(before) = before {
+            config["prevResult"] = before.clone();
+        }
+        config.to_string()
+    };
+    let call = |command: &str, before: Option<&Value>| {
+        let variables = [("CNI_COMMAND", command), ("CNI_CONTAINERID", "c1"), ("CNI_IFNAME", "eth0")];
+        plugin(&variables, &config(before))
+    };
+    assert_eq!(call("ADD", Some(&before)), (0, before.clone()));
+    assert_eq!(call("CHECK", Some(&before)), (0, Value::Null));
+    assert_eq!(call("DEL", None), (0, Value::Null));
+    for command in ["ADD", "CHECK"] {
+        let (code, error) = call(command, None);
+        assert_eq!((code, &error["code"]), (1, &json!(7)), "{command}: {error}");
+    }
+    let status: Value = serde_json::from_str(&config(None)).unwrap();
+    let status = json!({"cniVersion": "1.1.0", "chained": true, "name": "m", "socket": status["socket"]});
+    let (code, error) = plugin(&[("CNI_COMMAND", "STATUS")], &status.to_string());
+    assert_eq!((code, &error["code"]), (1, &json!(50)), "{error}");
+}
+
+/// The installer as a process: killed at any moment, then run to its end, beside a program that runs.
+#[test]
+fn an_installer_that_is_killed_leaves_old_or_new_files_and_a_running_plugin_is_replaced() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |below: &str| dir.path().join(below);
+    for below in ["bin", "conf"] {
+        std::fs::create_dir(path(below)).unwrap();
+    }
+    let list =
+        |name: &str| format!(r#"{{"cniVersion":"1.0.0","name":"{name}","plugins":[{{"type":"mesh-cni"}}]}}"#);
+    let install = || {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_mesh-cni"));
+        command.arg("install").arg("--bin-dir").arg(path("bin")).arg("--conf-dir").arg(path("conf"));
+        command.arg("--conflist").arg(path("10-m.conflist")).env_remove("CNI_COMMAND");
+        command.stdout(Stdio::null()).stderr(Stdio::piped());
+        command
+    };
+    let own = std::fs::read(env!("CARGO_BIN_EXE_mesh-cni")).unwrap();
+    // An older version of the plugin, which is running: waits for its standard input.
+    let mut older = own.clone();
+    older.extend_from_slice(b"older");
+    std::fs::write(path("10-m.conflist"), list("first")).unwrap();
+    assert!(install().status().unwrap().success());
+    std::fs::write(path("bin/mesh-cni"), &older).unwrap();
+    let mut running = Command::new(path("bin/mesh-cni"))
+        .env("CNI_COMMAND", "VERSION")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let name_of = || {
+        let text = std::fs::read(path("conf/10-m.conflist")).unwrap();
+        let list: Value = serde_json::from_slice(&text).expect("half a list");
+        list["name"].as_str().unwrap().to_owned()
+    };
+    for round in 0..40 {
+        let (before, after) = (name_of(), format!("round{round}"));
+        std::fs::write(path("10-m.conflist"), list(&after)).unwrap();
+        let mut child = install().spawn().unwrap();
+        // The moments are spread over what a whole run takes.
+        let until = std::time::Instant::now() + std::time::Duration::from_micros(round * 250);
+        while std::time::Instant::now() < until {
+            std::hint::spin_loop();
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let now = name_of();
+        assert!(now == before || now == after, "{now}");
+        let binary = std::fs::read(path("bin/mesh-cni")).unwrap();
+        assert!(binary == own || binary == older, "half a plugin");
+        assert!(now == before || binary == own, "the list came before the plugin");
+    }
+    let output = install().output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(std::fs::read(path("bin/mesh-cni")).unwrap(), own);
+    // The one that runs has its own file still.
+    running.stdin.take().unwrap().write_all(br#"{"cniVersion":"1.0.0"}"#).unwrap();
+    let output = running.wait_with_output().unwrap();
+    assert!(output.status.success() && output.stdout.starts_with(b"{"), "{output:?}");
+
+    let mut uninstall = Command::new(env!("CARGO_BIN_EXE_mesh-cni"));
+    uninstall.arg("uninstall").arg("--bin-dir").arg(path("bin")).arg("--conf-dir").arg(path("conf"));
+    assert!(uninstall.stdout(Stdio::null()).status().unwrap().success());
+    for below in ["bin", "conf"] {
+        assert_eq!(std::fs::read_dir(path(below)).unwrap().count(), 0, "{below}");
+    }
+}
+
+#[test]
 fn bad_calls_get_the_specifications_codes() {
     let dir = tempfile::tempdir().unwrap();
     let good = config(&dir.path().join("none.sock"), "1.1.0");

@@ -7,7 +7,7 @@ use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 
 const EXIT_CODES: &str = "Exit codes:
   0  the answer is printed; with --check, the mesh is healthy
-  1  with --check: a peer is down, a device is not up, a reconciler fails or there is an issue
+  1  with --check: a peer is down, a device is not up, a reconciler fails or there is an issue; else a failure
   2  the command line is wrong
   3  the agent is not there or does not answer
   4  permission to its socket is refused
@@ -91,6 +91,8 @@ pub(crate) enum Command {
     Dump,
     /// Read every source again and wait until the result is enforced
     Sync,
+    /// Put Margay into the cluster that kubectl knows; needs no agent
+    Install(crate::install::Install),
 }
 
 /// `meshctl keys …`

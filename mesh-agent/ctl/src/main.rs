@@ -2,6 +2,7 @@
 
 mod args;
 mod client;
+mod install;
 mod output;
 mod render;
 mod run;
@@ -12,6 +13,15 @@ use clap::Parser;
 
 fn main() -> ExitCode {
     let args = args::Args::parse();
+    if let args::Command::Install(install) = &args.command {
+        return match install::run(install) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("meshctl: {error:#}");
+                ExitCode::from(run::EXIT_TROUBLE)
+            }
+        };
+    }
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {

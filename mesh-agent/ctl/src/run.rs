@@ -105,6 +105,8 @@ async fn once(client: &Client, global: &Global, command: &Command) -> anyhow::Re
             output::print(format, &dump, |dump| format!("{dump:#}"))?;
         }
         Command::Sync => sync(client, global).await?,
+        // Done before anybody is asked.
+        Command::Install(_) => {}
     }
     Ok(0)
 }

@@ -118,3 +118,82 @@ fn a_wrong_command_line_exits_2() {
     assert_eq!(meshctl(Path::new("/nonexistent"), &["peers", "--no-such-flag"]).0, 2);
     assert_eq!(meshctl(Path::new("/nonexistent"), &["status", "--watch=-1"]).0, 2);
 }
+
+/// Runs `meshctl install` with a kubectl that writes down how it is called and what it is given.
+fn install(dir: &Path, args: &[&str], present: &str, code: u8) -> (i32, String, String) {
+    use std::os::unix::fs::PermissionsExt as _;
+    let script = format!(
+        "#!/bin/sh\necho \"$@\" >> {0}/calls\ncase $1 in apply) cat >> {0}/input;; get) printf '{present}';; esac\nexit {code}\n",
+        dir.display()
+    );
+    let kubectl = dir.join("kubectl");
+    std::fs::write(&kubectl, script).unwrap();
+    std::fs::set_permissions(&kubectl, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_meshctl"))
+        .arg("install")
+        .args(args)
+        .env("PATH", format!("{}:/usr/bin:/bin", dir.display()))
+        .output()
+        .unwrap();
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
+}
+
+#[test]
+fn a_dry_run_prints_manifests_and_mesh_and_calls_nobody() {
+    let dir = tempfile::tempdir().unwrap();
+    for overlay in ["kubeadm", "k3s", "flannel", "eks", "aks", "gke"] {
+        let args = ["--dry-run", "--overlay", overlay, "--image", "registry.test/margay:7"];
+        let (code, out, err) = install(dir.path(), &args, "", 1);
+        assert_eq!((code, err.as_str()), (0, ""), "{overlay}");
+        let documents: Vec<serde_json::Value> =
+            out.split("\n---\n").map(|text| serde_saphyr::from_str(text).unwrap()).collect();
+        let kinds: Vec<&str> = documents.iter().map(|document| document["kind"].as_str().unwrap()).collect();
+        assert_eq!(kinds.iter().filter(|kind| **kind == "DaemonSet").count(), 2, "{overlay}");
+        assert_eq!(kinds.last(), Some(&"MeshConfiguration"), "{overlay}");
+        assert!(
+            out.contains("image: registry.test/margay:7") && !out.contains("image: margay:"),
+            "{overlay}"
+        );
+    }
+    assert!(!dir.path().join("calls").exists());
+    assert_eq!(install(dir.path(), &["--dry-run", "--overlay", "minikube"], "", 0).0, 2);
+    assert_eq!(install(dir.path(), &["--dry-run", "--image", "a b"], "", 0).0, 2);
+}
+
+#[test]
+fn without_a_dry_run_kubectl_applies_and_a_mesh_that_is_there_stays() {
+    let calls = |dir: &Path| std::fs::read_to_string(dir.join("calls")).unwrap();
+    let input = |dir: &Path| std::fs::read_to_string(dir.join("input")).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    assert_eq!(install(dir.path(), &["--overlay", "k3s"], "", 0).0, 0);
+    assert_eq!(
+        calls(dir.path()),
+        "apply --server-side -f -\nwait --for=condition=Established crd/meshconfigurations.margay.io --timeout=60s\n\
+         get meshconfigurations.margay.io --ignore-not-found -o name\napply --server-side -f -\n"
+    );
+    assert!(input(dir.path()).contains("10.42.0.0/16"));
+
+    let dir = tempfile::tempdir().unwrap();
+    let (code, out, _) = install(dir.path(), &["--overlay", "k3s"], "meshconfiguration/default", 0);
+    assert!(code == 0 && out.contains("stays as it is"), "{out}");
+    assert!(!input(dir.path()).contains("10.42.0.0/16"));
+
+    let dir = tempfile::tempdir().unwrap();
+    let mesh = dir.path().join("mine.yaml");
+    std::fs::write(&mesh, "kind: Mine\n").unwrap();
+    let (code, ..) = install(dir.path(), &["--mesh", mesh.to_str().unwrap()], "meshconfiguration/default", 0);
+    assert!(code == 0 && input(dir.path()).contains("kind: Mine"));
+
+    let (code, _, err) = install(dir.path(), &["--mesh", "/none/mesh.yaml"], "", 0);
+    assert!(code == 1 && err.contains("/none/mesh.yaml"), "{err}");
+    let (code, _, err) = install(dir.path(), &[], "", 3);
+    assert!(code == 1 && err.contains("kubectl apply --server-side"), "{err}");
+    let output =
+        Command::new(env!("CARGO_BIN_EXE_meshctl")).arg("install").env("PATH", "/none").output().unwrap();
+    let err = String::from_utf8(output.stderr).unwrap();
+    assert!(
+        output.status.code() == Some(1) && err.contains("kubectl: is not on this machine's PATH"),
+        "{err}"
+    );
+}

@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::io::IsTerminal as _;
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::{Arc, mpsc};
 
@@ -14,9 +15,9 @@ use mesh_datapath::handover::socket::{self, Inheritance};
 use mesh_datapath::offload::{self, Offload};
 use mesh_datapath::process::kept::Kept;
 use mesh_datapath::process::standby::Standby;
-use mesh_datapath::process::supervisor::{self, Ready};
-use mesh_datapath::process::{daemon, notify, privileges, sandbox, signals};
-use mesh_datapath::server::{self, Server};
+use mesh_datapath::process::supervisor::{self, End, Ready};
+use mesh_datapath::process::{daemon, linger, notify, privileges, probe, sandbox, signals};
+use mesh_datapath::server::{self, Server, ServerError};
 use mesh_datapath::session::Cipher;
 use mesh_datapath::tun::{self, Tun, TunError};
 use mesh_datapath::udp::Sockets;
@@ -31,7 +32,7 @@ use tracing_subscriber::EnvFilter;
 #[command(version)]
 struct Arguments {
     /// Stays in the foreground
-    #[arg(short, long)]
+    #[arg(short, long, group = "foreground_or_probe")]
     foreground: bool,
     /// Leaves the interface in place at the end, so that its packets are dropped and take no other route
     #[arg(long)]
@@ -45,6 +46,15 @@ struct Arguments {
     /// While the interface is something else, such as kernel WireGuard, waits until it is gone
     #[arg(long, requires = "foreground")]
     standby: bool,
+    /// Having passed the device on, stays; takes it up again when nobody drives it any more
+    #[arg(long, requires = "supervise")]
+    linger: bool,
+    /// Puts an empty file there when it is ready
+    #[arg(long, value_name = "FILE", requires = "foreground_or_probe")]
+    ready_file: Option<PathBuf>,
+    /// Only says by its exit code whether the process of --ready-file is ready
+    #[arg(long, group = "foreground_or_probe", requires = "ready_file", conflicts_with_all = ["supervise", "replace", "standby", "persist"])]
+    probe: bool,
     /// The interface; made if there is none, taken over if its last owner is gone
     #[arg(value_name = "IFNAME")]
     interface: String,
@@ -92,10 +102,47 @@ struct Held {
 fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let name = &arguments.interface;
     tun::check_name(name)?;
+    let path = mesh_uapi::client::socket_path(name);
+    if arguments.probe {
+        let file = arguments.ready_file.as_deref().unwrap_or(&path);
+        return Ok(probe::probe(file, &path).map(|()| ExitCode::SUCCESS)?);
+    }
+    if let Some(file) = &arguments.ready_file
+        && let Err(e) = std::fs::remove_file(file)
+        && e.kind() != std::io::ErrorKind::NotFound
+    {
+        return Err(e).with_context(|| format!("{}", file.display()));
+    }
     let offload = offloads()?;
     choose_crypto()?;
+    let mut replace = arguments.replace;
+    loop {
+        match device(arguments, offload, replace) {
+            Ok(End::Asked) => return Ok(ExitCode::SUCCESS),
+            Ok(End::Failed) => return Ok(ExitCode::FAILURE),
+            Ok(End::InOrder) if !arguments.linger => return Ok(ExitCode::SUCCESS),
+            Ok(End::InOrder) => {}
+            // Somebody was faster than us after the wait; from whom we do not take it.
+            Err(e) if !replace && arguments.linger && is_live(&e) => {}
+            Err(e) => return Err(e),
+        }
+        replace = false;
+        tracing::info!("{name}: stays, and starts again when nobody drives it");
+        if !linger::wait(&path).with_context(|| format!("{}", path.display()))? {
+            return Ok(ExitCode::SUCCESS);
+        }
+    }
+}
+
+fn is_live(error: &anyhow::Error) -> bool {
+    matches!(error.downcast_ref(), Some(ServerError::Live(_)))
+}
+
+/// Drives the device once, from whoever has it (`replace`) or from the start.
+fn device(arguments: &Arguments, offload: Offload, replace: bool) -> anyhow::Result<End> {
+    let name = &arguments.interface;
     let handover = socket::path(name);
-    let inheritance = match arguments.replace {
+    let inheritance = match replace {
         true => socket::ask(&handover).with_context(|| format!("{}", handover.display()))?,
         false => None,
     };
@@ -109,19 +156,22 @@ fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         }
         None => {
             server::claim(&path)?;
-            let Some(tun) = open_tun(arguments, offload.tun)? else { return Ok(ExitCode::SUCCESS) };
+            let Some(tun) = open_tun(arguments, offload.tun)? else { return Ok(End::Asked) };
             Held { tun, server: Arc::new(Server::bind(&path)?), offload, kept }
         }
     };
     if !arguments.supervise {
-        return work(arguments, held, inheritance, None);
+        // Being told to is the only end in order that there is without anyone to go on.
+        return work(arguments, held, inheritance, None).map(|()| End::Asked);
     }
     privileges::drop_all_but_kept().map_err(anyhow::Error::msg)?;
     let (held, inheritance) = (RefCell::new(Some(held)), RefCell::new(inheritance));
     let work = |ready| {
         // In a process of its own: what it takes stays with its parent.
-        let Some(held) = held.take() else { return ExitCode::FAILURE };
-        report(work(arguments, held, inheritance.take(), Some(ready)))
+        let Some(held) = held.take() else { return false };
+        work(arguments, held, inheritance.take(), Some(ready))
+            .inspect_err(|e| tracing::error!("{e:#}"))
+            .is_ok()
     };
     // The first worker has the predecessor's sockets now; open here too, they would take packets nobody reads.
     supervisor::supervise(work, || drop(inheritance.take())).context("fork")
@@ -140,7 +190,7 @@ fn open_tun(arguments: &Arguments, offload: bool) -> anyhow::Result<Option<Tun>>
             // Then looks once more: it may have gone before there was anyone to tell.
             standby = Some(Standby::begin().context("link events")?);
             tracing::info!("{name}: is no TUN device; standing by until it is gone");
-            tell_ready();
+            tell_ready(arguments);
             continue;
         };
         if !standby.wait().context("link events")? {
@@ -149,7 +199,12 @@ fn open_tun(arguments: &Arguments, offload: bool) -> anyhow::Result<Option<Tun>>
     }
 }
 
-fn tell_ready() {
+fn tell_ready(arguments: &Arguments) {
+    if let Some(file) = &arguments.ready_file
+        && let Err(e) = std::fs::write(file, "")
+    {
+        tracing::warn!("--ready-file {}: {e}", file.display());
+    }
     if let Some(socket) = std::env::var_os("NOTIFY_SOCKET")
         && let Err(e) = notify::ready(&socket)
     {
@@ -193,7 +248,7 @@ fn work(
     held: Held,
     inheritance: Option<Inheritance>,
     ready: Option<Ready>,
-) -> anyhow::Result<ExitCode> {
+) -> anyhow::Result<()> {
     let server = held.server.clone();
     let name = &arguments.interface;
     let taken_over = inheritance.is_some();
@@ -213,7 +268,7 @@ fn work(
         Exit::HandedOver => tracing::info!("{name}: another process goes on"),
         exit => tracing::info!("{name}: ends: {exit:?}"),
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(())
 }
 
 fn drive(
@@ -301,7 +356,7 @@ fn serve(
     if let Some(parent) = parent {
         parent.ready().context("parent")?;
     }
-    tell_ready();
+    tell_ready(arguments);
     // Last: letting go of the terminal opens a file.
     sandbox::enter()?;
     let exit = exits.recv().context("every thread is gone");

@@ -2,8 +2,10 @@
 
 pub mod daemon;
 pub mod kept;
+pub mod linger;
 pub mod notify;
 pub mod privileges;
+pub mod probe;
 pub mod sandbox;
 pub mod signals;
 pub(crate) mod sockopt;

@@ -141,6 +141,63 @@ fn without_a_running_process_replace_simply_starts() {
     });
 }
 
+/// The processes of two pods of which the second replaces the first, as the DaemonSet has them.
+fn pod(number: u8) -> Child {
+    let file = format!("--ready-file=/run/ready-{number}");
+    let flags = ["-f", "--supervise", "--persist", "--standby", "--replace", "--linger", &file, "wg-left"];
+    Host::Left.command(ours()).args(flags).env("RUST_LOG", "info").stdin(Stdio::null()).spawn().unwrap()
+}
+
+fn is_ready(number: u8) -> bool {
+    Host::Left.try_run(ours(), &format!("--probe --ready-file=/run/ready-{number} wg-left")).status.success()
+}
+
+#[test]
+fn a_pods_successor_takes_the_device_and_the_old_one_waits_for_it_to_vanish() {
+    in_world(|| {
+        let mut tunnel = tunnel(Kind::Ours, Kind::Ours, V4);
+        let mut old = std::mem::replace(&mut tunnel.left.process, pod(1));
+        until("the unsupervised process ends", || old.try_wait().unwrap().is_some());
+        assert!(!is_ready(2), "a pod that was never there");
+        until("the first pod is ready", || is_ready(1));
+        Host::Left.reaches("10.9.0.2");
+        let handshake = tunnel.left.show("latest-handshakes");
+        let mut next = None;
+        under_load_nothing_is_lost(|| {
+            next = Some(pod(2));
+            until("the second pod is ready", || is_ready(2));
+        });
+        let mut next = next.unwrap();
+        let first = tunnel.left.process.id();
+        until("the first pod's worker ends", || worker(first).is_none());
+        assert_eq!(tunnel.left.show("latest-handshakes"), handshake, "the session is still the first one");
+
+        // The successor vanishes before the old pod is deleted.
+        next.kill().unwrap();
+        next.wait().unwrap();
+        until("the first pod drives the device again", || worker(first).is_some());
+        answers("wg-left");
+        next = pod(2);
+        until("the second pod's new process has it", || worker(first).is_none() && is_ready(2));
+        assert!(worker(next.id()).is_some() && alive(first));
+
+        // The old pod is deleted: neither interface nor socket goes with it.
+        kill(Pid::from_raw(first as i32), Signal::SIGTERM).unwrap();
+        let mut status = None;
+        until("the old pod ends", || {
+            status = tunnel.left.process.try_wait().unwrap();
+            status.is_some()
+        });
+        assert!(status.unwrap().success() && is_ready(2));
+        Host::Left.run("wg", "show wg-left");
+
+        // A device that is deleted is made anew, by the process that had it.
+        Host::Left.run("ip", "link del wg-left");
+        until("there is another", || Host::Left.try_run("wg", "show wg-left").status.success());
+        tunnel.left.process = next;
+    });
+}
+
 /// The worker of a supervised device.
 fn worker(supervisor: u32) -> Option<i32> {
     let children = fs::read_to_string(format!("/proc/{supervisor}/task/{supervisor}/children")).ok()?;

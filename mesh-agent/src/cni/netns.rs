@@ -161,15 +161,15 @@ async fn require(netlink: &Netlink, name: &str) -> Result<u32, ReconcileError> {
 /// Sets `net/<family>/conf/<interface>/<key>` of the calling thread's namespace. A kernel without IPv6 has
 /// nothing to set.
 pub(super) fn sysctl(family: &str, interface: &str, key: &str, value: &str) -> Result<(), String> {
-    let path = format!("/proc/sys/net/{family}/conf/{interface}/{key}");
-    match std::fs::write(&path, value) {
+    let root = crate::proc_sys::root().join("net").join(family);
+    let file = root.join("conf").join(interface).join(key);
+    let path = file.display();
+    match std::fs::write(&file, value) {
         Ok(()) => Ok(()),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            match std::path::Path::new("/proc/sys/net").join(family).exists() {
-                true => Err(format!("{path}: {error}")),
-                false => Ok(()),
-            }
-        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => match root.exists() {
+            true => Err(format!("{path}: {error}")),
+            false => Ok(()),
+        },
         Err(error) => Err(format!("{path}: {error}")),
     }
 }

@@ -6,7 +6,7 @@
 use std::io::{self, PipeWriter, Read as _, Write as _};
 use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
-use std::process::{Command, ExitCode, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -32,10 +32,21 @@ impl Ready {
     }
 }
 
-/// Runs `work` in a process of its own, again after each crash, until it ends in order, fails before it was ever
-/// ready, or this process is told to end. Must be called before any thread is started; `after` is done here
+/// How a supervised device ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// We were told to.
+    Asked,
+    /// In order and of itself: it was passed on, or its interface or socket was removed.
+    InOrder,
+    /// Before it was ever ready, or while it was told to end.
+    Failed,
+}
+
+/// Runs `work`, which is true if it ended in order, in a process of its own; again after each crash, until it ends in order,
+/// fails before it was ever ready, or this process is told to end. Must be called before any thread is started; `after` is done here
 /// once the first worker has what it needs.
-pub fn supervise(mut work: impl FnMut(Ready) -> ExitCode, mut after: impl FnMut()) -> io::Result<ExitCode> {
+pub fn supervise(mut work: impl FnMut(Ready) -> bool, mut after: impl FnMut()) -> io::Result<End> {
     let mut signals = SigSet::empty();
     for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGCHLD] {
         signals.add(signal);
@@ -57,8 +68,8 @@ pub fn supervise(mut work: impl FnMut(Ready) -> ExitCode, mut after: impl FnMut(
                     std::process::exit(1);
                 }
                 signals.thread_unblock()?;
-                let code = work(Ready(say));
-                return Ok(code);
+                // What comes after is the parent's to do.
+                std::process::exit(i32::from(!work(Ready(say))));
             }
             ForkResult::Parent { child } => child,
         };
@@ -67,8 +78,8 @@ pub fn supervise(mut work: impl FnMut(Ready) -> ExitCode, mut after: impl FnMut(
         let (status, asked) = wait(worker, &signals)?;
         was_ready |= ready.read(&mut [0]).unwrap_or(0) == 1;
         match status {
-            WaitStatus::Exited(_, 0) => return Ok(ExitCode::SUCCESS),
-            _ if asked || !was_ready => return Ok(ExitCode::FAILURE),
+            WaitStatus::Exited(_, 0) => return Ok(if asked { End::Asked } else { End::InOrder }),
+            _ if asked || !was_ready => return Ok(End::Failed),
             status => tracing::error!("the worker crashed and is started again: {status:?}"),
         }
         if started.elapsed() >= STABLE {
