@@ -31,7 +31,7 @@ use crate::api::{self, Api, Keys};
 use crate::cni;
 use crate::config::{AgentConfig, DatapathChoice};
 use crate::desired::Datapath;
-use crate::kubernetes::{announce, client, condition, node_status};
+use crate::kubernetes::{announce, client, condition, events as cluster_events, node_status};
 use crate::metrics::Metrics;
 use crate::observe::{self, Observer};
 use crate::planner::{self, Planner};
@@ -217,7 +217,8 @@ fn talk_to_cluster(
     let announcer = announce::announce(client.clone(), store.clone(), announcements, board.clone());
     tasks.spawn("announcer", announcer);
     tasks.spawn("teller of the condition", condition::tell(client.clone(), board.clone()));
-    tasks.spawn("teller of the node's status", node_status::tell(client, board.clone()));
+    tasks.spawn("teller of the node's status", node_status::tell(client.clone(), board.clone()));
+    tasks.spawn("teller of events", cluster_events::tell(client, board.clone()));
 }
 
 /// Whom this node admitted before. A damaged file has been put aside: going on without it beats being down, and

@@ -3,6 +3,7 @@
 pub mod announce;
 pub mod client;
 pub mod condition;
+pub mod events;
 pub mod node_status;
 mod write;
 

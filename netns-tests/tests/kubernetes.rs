@@ -76,7 +76,12 @@ fn reach(lab: &Lab, pairs: &[(&str, &str)]) {
         let probes = pairs.iter().flat_map(|(a, b)| all_between(lab, a, b));
         let probes: Vec<_> = probes.map(|probe| (probe, true)).collect();
         for ((probe, _), outcome) in probes.iter().zip(probe::all(&probes)?) {
-            anyhow::ensure!(outcome == probe::Outcome::Allowed, "{} -> {}: {outcome}", probe.src, probe.listener);
+            anyhow::ensure!(
+                outcome == probe::Outcome::Allowed,
+                "{} -> {}: {outcome}",
+                probe.src,
+                probe.listener
+            );
         }
         Ok(Some(()))
     })
@@ -144,7 +149,10 @@ fn what_a_node_says_is_in_its_object_and_only_it_says_so() {
         assert!(annotation(&object, "margay.io/keys").contains(key.trim()), "{object}");
         let fields = object["metadata"]["managedFields"].as_array().unwrap().clone();
         let managers: Vec<&str> = fields.iter().filter_map(|entry| entry["manager"].as_str()).collect();
-        assert!(managers.contains(&"margay-agent") && managers.contains(&"margay-agent-status"), "{managers:?}");
+        assert!(
+            managers.contains(&"margay-agent") && managers.contains(&"margay-agent-status"),
+            "{managers:?}"
+        );
         wait::until("its MeshNodeStatus", LONG, || {
             let table = cluster.kubectl(&["get", "meshnodestatus", name, "--no-headers"])?;
             let words: Vec<&str> = table.split_whitespace().collect();
@@ -176,7 +184,9 @@ fn what_a_node_says_is_in_its_object_and_only_it_says_so() {
         })
         .unwrap();
     }
-    cluster.kubectl(&["annotate", "node", "b", "margay.io/keys-", "margay.io/announcement-version-"]).unwrap();
+    cluster
+        .kubectl(&["annotate", "node", "b", "margay.io/keys-", "margay.io/announcement-version-"])
+        .unwrap();
     wait::until("removed annotations to be back", LONG, || {
         let now = node(&cluster, "b");
         let same = ["margay.io/keys", "margay.io/announcement-version"]
@@ -192,7 +202,9 @@ fn what_a_node_says_is_in_its_object_and_only_it_says_so() {
         Ok(endpoints.contains("[2001:db8::2]:51820").then_some(()))
     })
     .unwrap();
-    cluster.kubectl(&["annotate", "--overwrite", "node", "b", "margay.io/endpoint-override=nowhere"]).unwrap();
+    cluster
+        .kubectl(&["annotate", "--overwrite", "node", "b", "margay.io/endpoint-override=nowhere"])
+        .unwrap();
     has_issue(&lab, "a", "InvalidEndpoint", "Node/b");
     cluster.kubectl(&["annotate", "node", "b", "margay.io/endpoint-override-"]).unwrap();
     for name in ["a", "b"] {
@@ -204,7 +216,10 @@ fn what_a_node_says_is_in_its_object_and_only_it_says_so() {
     let deny = manifests::policy("d", "deny", json!({"podSelector": {"matchLabels": {"app": "b"}}}));
     lab.put(deny.clone()).unwrap();
     lab.enforced().unwrap();
-    assert_cut(&[between(&lab, "pa", "pb", false, Protocol::Tcp), between(&lab, "pa", "pb", true, Protocol::Udp)]);
+    assert_cut(&[
+        between(&lab, "pa", "pb", false, Protocol::Tcp),
+        between(&lab, "pa", "pb", true, Protocol::Udp),
+    ]);
     assert_reach(&[between(&lab, "pb", "pa", false, Protocol::Tcp)]);
     lab.delete(&deny).unwrap();
     lab.enforced().unwrap();
@@ -299,7 +314,10 @@ fn nodes_join_leave_move_and_are_rebuilt() {
     lab.delete(&manifests::node(&spec)).unwrap();
     has_peers(&lab, "a", &["b"]);
     has_peers(&lab, "b", &["a"]);
-    assert_cut(&[between(&lab, "pa", "pc", false, Protocol::Tcp), between(&lab, "pb", "pc", true, Protocol::Udp)]);
+    assert_cut(&[
+        between(&lab, "pa", "pc", false, Protocol::Tcp),
+        between(&lab, "pb", "pc", true, Protocol::Udp),
+    ]);
 
     // It comes back as another one of that name: a new object, a new disk, a new key.
     let cluster = lab.cluster().unwrap();
@@ -311,7 +329,7 @@ fn nodes_join_leave_move_and_are_rebuilt() {
     let mut stale = manifests::node(&spec);
     stale["metadata"]["annotations"] = json!({
         "margay.io/announcement-version": "1",
-        "margay.io/keys": format!("[{{\"epoch\":0,\"port\":51820,\"publicKey\":\"{}\"}}]", old.trim()),
+        "margay.io/keys": json!([{"publicKey": old.trim(), "port": 51820, "epoch": 0}]).to_string(),
     });
     cluster.apply(&stale.to_string()).unwrap();
     lab.put(manifests::node(&spec)).unwrap();
@@ -326,7 +344,7 @@ fn nodes_join_leave_move_and_are_rebuilt() {
         "apiVersion": "v1", "kind": "Node",
         "metadata": {"name": "thief", "annotations": {
             "margay.io/announcement-version": "1", "margay.io/keys": keys,
-            "margay.io/endpoints": "[\"192.0.2.2:51820\"]", "margay.io/pod-cidrs": "[\"10.244.2.0/24\"]",
+            "margay.io/endpoints": "192.0.2.2:51820", "margay.io/pod-cidrs": "10.244.2.0/24",
         }},
         "spec": {"podCIDR": "10.244.2.0/24", "podCIDRs": ["10.244.2.0/24"]},
         "status": {"addresses": [{"type": "InternalIP", "address": "192.0.2.2"}]},
@@ -356,5 +374,84 @@ fn nodes_join_leave_move_and_are_rebuilt() {
     .unwrap();
     reach(&lab, &[("pa", "pc"), ("pc", "pb")]);
     nothing_lost(traffic);
+    nothing_in_clear(capture);
+}
+
+/// A pod as another network plugin makes it: a veth, a host route, and nothing of ours.
+fn foreign_pod(lab: &Lab, node: &str, ip: &str) {
+    let script = format!(
+        "ip netns add pod && ip link add veth9 type veth peer name eth0 netns pod && ip link set veth9 up \
+         && ip -n pod link set lo up && ip -n pod link set eth0 up && ip -n pod addr add {ip}/32 dev eth0 \
+         && ip -n pod route add 169.254.1.1 dev eth0 && ip -n pod route add default via 169.254.1.1 \
+         && sysctl -qw net.ipv4.conf.veth9.proxy_arp=1 net.ipv4.ip_forward=1 && ip route add {ip} dev veth9"
+    );
+    lab.host(node).unwrap().run(&["sh", "-c", &script]).unwrap();
+    let pod = json!({
+        "apiVersion": "v1", "kind": "Pod", "metadata": {"namespace": "d", "name": format!("x{node}")},
+        "spec": {"nodeName": node, "containers": [{"name": "main", "image": "lab"}]},
+        "status": {"phase": "Running", "podIP": ip, "podIPs": [{"ip": ip}]},
+    });
+    lab.cluster().unwrap().client().apply(&pod).unwrap();
+}
+
+/// Whether a ping from the foreign pod of a node is answered; its payload is the canary.
+fn pings(lab: &Lab, node: &str, to: &str) -> bool {
+    let pattern: String = CANARY.iter().map(|byte| format!("{byte:02x}")).collect();
+    let ping = ["ping", "-n", "-q", "-c", "1", "-W", "1", "-s", "100", "-p", &pattern, to];
+    lab.host(node).unwrap().pod_command("pod", &ping).output().unwrap().status.success()
+}
+
+#[test]
+fn another_plugins_pods_are_encrypted_and_left_alone() {
+    let more = format!("{SERVER}mesh: {{podNetwork: external, pools: [{{cidr: 10.99.0.0/16}}]}}\n");
+    let mut spec = nodes("ab", &more);
+    spec.pods.clear();
+    let mut lab = Lab::plug(spec, &bins()).unwrap();
+    let capture = Capture::start(lab.wire().netns(), &[51820], &[CANARY]).unwrap();
+    lab.address().unwrap();
+    lab.start_mesh().unwrap();
+    lab.settle(PATIENCE).unwrap();
+    let d = netns_tests::spec::Namespace { name: "d".into(), ..Default::default() };
+    lab.put(manifests::namespace(&d)).unwrap();
+    foreign_pod(&lab, "a", "10.99.0.5");
+    foreign_pod(&lab, "b", "10.99.200.6");
+    let look = |node: &str| {
+        let host = lab.host(node).unwrap();
+        let link = host.run(&["ip", "-d", "link", "show", "veth9"]).unwrap();
+        let hooks = host.run(&["tc", "qdisc", "show", "dev", "veth9"]).unwrap();
+        let routes = host.run(&["ip", "route", "show", "table", "main"]).unwrap();
+        (link, hooks, routes, host.run(&["nft", "list", "ruleset"]).unwrap())
+    };
+    let before = look("a");
+    wait::until("the pods to reach each other", LONG, || {
+        Ok((pings(&lab, "a", "10.99.200.6") && pings(&lab, "b", "10.99.0.5")).then_some(()))
+    })
+    .unwrap_or_else(|error| panic!("{error:?}\n{}", lab.logs("a")));
+    assert_eq!(look("a"), before);
+    let allowed = lab.host("a").unwrap().run(&["wg", "show", "margay0", "allowed-ips"]).unwrap();
+    assert!(allowed.contains("10.99.200.6/32") && !allowed.contains("10.244."), "{allowed}");
+    // A host and a pod elsewhere, and an address of the range that no pod has: it goes nowhere, and not in clear.
+    let from_host = ["ping", "-n", "-q", "-c", "1", "-W", "2", "10.99.200.6"];
+    lab.host("a").unwrap().run(&from_host).unwrap();
+    assert!(!pings(&lab, "a", "10.99.77.7"));
+    // No plugin of ours attaches a pod there.
+    let pod = netns_tests::spec::Pod { namespace: "d".into(), name: "y".into(), ..Default::default() };
+    let host = lab.host("a").unwrap();
+    host.run(&["ip", "netns", "add", "d_y"]).unwrap();
+    let refused = netns_tests::pods::cni(host, lab.bins(), "ADD", &pod).unwrap_err().to_string();
+    assert!(refused.contains("podNetwork is external"), "{refused}");
+
+    // Without ranges strictness cannot be had: refused by name, and what was in force stays.
+    let mesh = json!({"spec": {"pools": null}});
+    lab.cluster().unwrap().patch("meshconfiguration", None, "default", &mesh).unwrap();
+    has_issue(&lab, "a", "InvalidField", "MeshConfiguration/default");
+    assert!(pings(&lab, "a", "10.99.200.6"));
+    let event = ["get", "events.events.k8s.io", "-A", "-o", "wide"];
+    wait::until("an event of it", LONG, || {
+        let events = lab.cluster()?.kubectl(&event)?;
+        anyhow::ensure!(events.contains("strictEncryption") && events.contains("default"), "{events}");
+        Ok(Some(()))
+    })
+    .unwrap();
     nothing_in_clear(capture);
 }

@@ -97,7 +97,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("kubeconfig");
         let config = KubernetesConfig { kubeconfig: Some(path.clone()) };
-        assert!(connect(&config).await.unwrap_err().to_string().contains("kubeconfig"));
+        assert!(connect(&config).await.err().unwrap().to_string().contains("kubeconfig"));
         for text in ["clusters: 7", "users: [{name: a, user: {token: geheim, password: [}}]", "{}"] {
             std::fs::write(&path, text).unwrap();
             let error = connect(&config).await.err().unwrap().to_string();

@@ -157,6 +157,12 @@ pub(super) fn stamp(at: SystemTime) -> String {
     stamp.unwrap_or_default().to_string()
 }
 
+/// RFC 3339 with six digits of the second, UTC: a MicroTime.
+pub(super) fn micro_stamp(at: SystemTime) -> String {
+    let since = at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    format!("{}.{:06}Z", stamp(at).trim_end_matches('Z'), since.subsec_micros())
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]

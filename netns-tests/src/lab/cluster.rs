@@ -9,8 +9,20 @@ use crate::cluster::Cluster;
 use crate::spec::API_SERVER;
 use crate::wait;
 
-/// The definitions of the kinds that a lab writes, as the project ships them.
-const DEFINITIONS: [&str; 1] = [include_str!("../../../manifests/crds/margay.io_meshconfigurations.yaml")];
+/// The definitions of our kinds, as the project ships them.
+const DEFINITIONS: [&str; 2] = [
+    include_str!("../../../manifests/crds/margay.io_meshconfigurations.yaml"),
+    include_str!("../../../manifests/crds/margay.io_meshnodestatuses.yaml"),
+];
+/// Who the agents are and what they may do, as the project ships it.
+const RIGHTS: [&str; 6] = [
+    include_str!("../../../manifests/base/namespace.yaml"),
+    include_str!("../../../manifests/base/service-accounts.yaml"),
+    include_str!("../../../manifests/base/rbac.yaml"),
+    include_str!("../../../manifests/base/admission/announcements.yaml"),
+    include_str!("../../../manifests/base/admission/own-node.yaml"),
+    include_str!("../../../manifests/base/admission/own-objects.yaml"),
+];
 
 /// Namespace and service account of the agents.
 const SYSTEM: &str = "margay-system";
@@ -32,11 +44,7 @@ impl Lab {
         cluster.apply(&DEFINITIONS.join("\n---\n")).context("custom resource definitions")?;
         let established = ["wait", "--for=condition=Established", "crd", "--all", "--timeout=20s"];
         cluster.kubectl(&established)?;
-        let client = cluster.client();
-        client.apply(&json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": SYSTEM}}))?;
-        client.apply(&json!({
-            "apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"namespace": SYSTEM, "name": ACCOUNT},
-        }))
+        cluster.apply(&RIGHTS.join("\n---\n")).context("rights of the agents").map(drop)
     }
 
     /// The lab file's directory of manifests, a kustomization or not, goes to the API server.

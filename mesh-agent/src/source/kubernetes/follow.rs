@@ -58,7 +58,7 @@ pub(super) async fn follow<W: Watched>(
     tell: mpsc::Sender<(Kind, Heard)>,
     asked: watch::Receiver<u64>,
 ) {
-    Follower::<W> { api: Api::all(client), tell, asked, at: None, failures: 0 }.run().await;
+    Follower::<W> { api: Api::all(client), tell, asked, at: None, failures: 0, in_a_row: 0 }.run().await;
 }
 
 struct Follower<W: Watched> {
@@ -67,7 +67,10 @@ struct Follower<W: Watched> {
     asked: watch::Receiver<u64>,
     /// Resource version of the last that was heard.
     at: Option<String>,
+    /// How many there were lately, for the wait until the next attempt.
     failures: u32,
+    /// Since changes were last heard.
+    in_a_row: u32,
 }
 
 impl<W: Watched> Follower<W> {
@@ -91,7 +94,8 @@ impl<W: Watched> Follower<W> {
                 }
                 Ended::Failed(reason, message) => {
                     // The first failure is mostly a connection that was closed.
-                    if self.failures > 0 && self.say(Heard::Silent(reason, message)).await.is_err() {
+                    self.in_a_row = self.in_a_row.saturating_add(1);
+                    if self.in_a_row > 1 && self.say(Heard::Silent(reason, message)).await.is_err() {
                         return;
                     }
                     self.pause().await;
@@ -135,6 +139,7 @@ impl<W: Watched> Follower<W> {
         let stream = stream.map_err(|_| late("watch"))?.map_err(|error| failed(&error))?;
         let mut stream = stream.map_err(|error| failed(&error)).boxed();
         self.say(Heard::Follows).await?;
+        self.in_a_row = 0;
         let limit = sleep(Duration::from_secs(u64::from(lasts)) + ANSWERED);
         tokio::pin!(limit);
         loop {
@@ -199,3 +204,6 @@ fn failed(error: &kube::Error) -> Ended {
     };
     Ended::Failed(reason, chain(error))
 }
+
+#[cfg(test)]
+mod tests;

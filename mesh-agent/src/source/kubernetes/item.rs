@@ -7,6 +7,7 @@ use std::marker::PhantomData;
 use kube::Resource;
 use kube::api::ObjectMeta;
 use kube::core::ClusterResourceScope;
+use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
@@ -53,6 +54,9 @@ impl<'de, W: Watched> Deserialize<'de> for Item<W> {
             resource_version: text("/metadata/resourceVersion"),
             ..ObjectMeta::default()
         };
+        if meta.name.is_none() {
+            return Err(D::Error::custom("an object without a name"));
+        }
         Ok(Self { meta, decoded: decode_served(W::KIND, &value), kind: PhantomData })
     }
 }
