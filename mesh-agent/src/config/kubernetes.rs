@@ -10,6 +10,7 @@ use serde::Deserialize;
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct KubernetesConfig {
     /// File that says where the API server is and who this node is; in a pod, its service account unless given.
+    /// Files that it names are named from the root; a token is read again when its file changes.
     #[serde(default)]
     pub kubeconfig: Option<PathBuf>,
 }

@@ -10,8 +10,10 @@ use kube::client::{Body, ClientBuilder, ConfigExt as _};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config};
 use tower::{BoxError, ServiceBuilder};
+use zeroize::Zeroizing;
 
 use crate::config::kubernetes::KubernetesConfig;
+use crate::source::manifest;
 
 /// A connection on which nothing comes and nothing is acknowledged for so long is dead, for watches wait on it in
 /// silence: keepalives after the first of these, each so often, and no more of them than that.
@@ -66,9 +68,16 @@ pub async fn connect(config: &KubernetesConfig) -> Result<Client, ClientError> {
     Ok(ClientBuilder::new(service, config.default_namespace).build())
 }
 
+/// Our own parser, for that of the client shows in its errors the lines around them, tokens and all.
 async fn from_file(path: &Path) -> Result<Config, ClientError> {
     let named = |problem: String| ClientError::Kubeconfig { path: path.to_owned(), problem };
-    let file = Kubeconfig::read_from(path).map_err(|error| named(chain(&error)))?;
+    let text = std::fs::read_to_string(path).map_err(|error| named(error.to_string()))?;
+    let text = Zeroizing::new(text);
+    let options = serde_saphyr::options! { with_snippet: false };
+    let file: Kubeconfig = serde_saphyr::from_str_with_options(&text, options).map_err(|error| {
+        let line = manifest::line_of(&error);
+        named(format!("line {line}: {}", manifest::one_line(&manifest::without_place(&error))))
+    })?;
     let options = KubeConfigOptions::default();
     Config::from_custom_kubeconfig(file, &options).await.map_err(|error| named(chain(&error)))
 }
@@ -84,7 +93,7 @@ pub fn chain(error: &dyn std::error::Error) -> String {
         }
         cause = inner.source();
     }
-    crate::source::manifest::one_line(&text)
+    manifest::one_line(&text)
 }
 
 #[cfg(test)]
