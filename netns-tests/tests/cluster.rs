@@ -5,10 +5,14 @@ mod common;
 
 use std::time::Duration;
 
-use common::bins;
+use common::{bins, nodes};
+use mesh_api::defaults::{CONFIG, MANIFESTS};
 use netns_tests::cluster::{ADMIN_CONFIG, Cluster};
 use netns_tests::host::Host;
+use netns_tests::lab::Lab;
 use netns_tests::leaks::{self, Machine};
+use netns_tests::manifests::{self, PodStatus};
+use netns_tests::spec::API_SERVER;
 use netns_tests::wait;
 use netns_tests::wire::Wire;
 use netns_tests::wire::impair::{Conditions, Links};
@@ -195,6 +199,79 @@ spec: {policyName: no-nodes, validationActions: [Deny]}
         Ok(cluster.patch("node", None, "a", &label).err())
     });
     assert!(patched.unwrap().to_string().contains("nobody changes nodes"));
+}
+
+#[test]
+fn a_lab_with_an_api_server_has_its_objects_there() {
+    let more = format!("apiServer: {{ips: ['{}']}}\n", SERVER.join("', '"));
+    let mut lab = Lab::plug(nodes("ab", &more), &bins()).unwrap();
+    lab.address().unwrap();
+    lab.write_cluster().unwrap();
+    let names = lab.cluster().unwrap().kubectl(&["get", "nodes,namespaces,meshconfigurations", "-o", "name"]);
+    let names = names.unwrap();
+    for name in ["node/a", "node/b", "namespace/d", "meshconfiguration.margay.io/default"] {
+        assert!(names.lines().any(|line| line == name), "no {name} in {names}");
+    }
+    let node = lab.cluster().unwrap().get("node", None, "b").unwrap();
+    assert_eq!(node["spec"]["podCIDRs"], json!(["10.244.2.0/24", "fd00:10:244:2::/64"]));
+    assert_eq!(node["status"]["addresses"][1]["address"], "2001:db8::2");
+
+    // Two addresses of one type are no obstacle to those who apply something else.
+    let annotation = json!({
+        "apiVersion": "v1", "kind": "Node", "metadata": {"name": "b", "annotations": {"example.com/x": "1"}},
+    });
+    let argv = ["kubectl", "apply", "--server-side", "--field-manager=other", "-f", "-"];
+    lab.host(API_SERVER).unwrap().run_with(&argv, annotation.to_string().as_bytes()).unwrap();
+    let node = lab.cluster().unwrap().get("node", None, "b").unwrap();
+    assert_eq!(node["metadata"]["annotations"]["example.com/x"], "1");
+    assert_eq!(node["status"]["addresses"].as_array().unwrap().len(), 2);
+
+    // A node knows itself and the cluster, and no object by file.
+    for name in lab.node_names() {
+        lab.write_node(&name).unwrap();
+        let host = lab.host(&name).unwrap();
+        let config = std::fs::read_to_string(host.path(CONFIG)).unwrap();
+        assert!(config.contains("kubernetes:") && !host.path(MANIFESTS).exists(), "{config}");
+        let argv = ["kubectl", "--kubeconfig=/etc/margay/kubeconfig", "auth", "whoami", "-o", "json"];
+        let said: Value = serde_json::from_str(&host.run(&argv).unwrap()).unwrap();
+        let user = &said["status"]["userInfo"];
+        assert_eq!(user["username"], "system:serviceaccount:margay-system:mesh-agent");
+        assert_eq!(user["extra"]["authentication.kubernetes.io/node-name"], json!([name]));
+    }
+
+    // What a scenario writes and deletes.
+    let policy = manifests::policy("d", "closed", json!({"podSelector": {}}));
+    lab.put(policy.clone()).unwrap();
+    lab.cluster().unwrap().get("networkpolicy", Some("d"), "closed").unwrap();
+    lab.delete(&policy).unwrap();
+    assert!(lab.cluster().unwrap().get("networkpolicy", Some("d"), "closed").is_err());
+    let spec = lab.spec().pods[0].clone();
+    lab.put(manifests::pod(&spec, &PodStatus::default())).unwrap();
+    let ips = ["10.244.1.9", "fd00:10:244:1::9"].map(|ip| ip.parse().unwrap());
+    lab.put(manifests::pod(&spec, &PodStatus { ips: ips.into(), ..Default::default() })).unwrap();
+    let pod = lab.cluster().unwrap().get("pod", Some("d"), "pa").unwrap();
+    assert_eq!((&pod["status"]["phase"], &pod["status"]["podIP"]), (&json!("Running"), &json!(ips[0])));
+    assert_eq!(pod["status"]["podIPs"], json!([{"ip": ips[0]}, {"ip": ips[1]}]));
+    let time = Some("2026-01-01T00:00:00Z".into());
+    let status = PodStatus { ips: ips.into(), deletion_timestamp: time, ..Default::default() };
+    lab.put(manifests::pod(&spec, &status)).unwrap();
+    let pod = lab.cluster().unwrap().get("pod", Some("d"), "pa").unwrap();
+    assert!(pod["metadata"]["deletionTimestamp"].is_string(), "{pod}");
+    let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "gone"}});
+    lab.put(namespace.clone()).unwrap();
+    lab.delete(&namespace).unwrap();
+    assert!(lab.cluster().unwrap().get("namespace", None, "gone").is_err());
+
+    // The API server's host loses its power, not its disk.
+    lab.kill_host(API_SERVER).unwrap();
+    assert!(lab.cluster().unwrap().ready().is_err());
+    lab.boot_host(API_SERVER).unwrap();
+    let again = lab.cluster().unwrap().get("node", None, "b").unwrap();
+    assert_eq!(again["metadata"]["uid"], node["metadata"]["uid"]);
+    lab.host("a")
+        .unwrap()
+        .run(&["kubectl", "--kubeconfig=/etc/margay/kubeconfig", "auth", "whoami"])
+        .unwrap();
 }
 
 #[test]

@@ -61,28 +61,20 @@ impl Client {
         Ok(format!("{root}/{namespace}{plural}/{name}{subresource}"))
     }
 
-    /// Server-side apply of an object; its `status`, which the main resource does not take, goes to the subresource.
+    /// Server-side apply of an object; its `status`, which the main resource does not take, is patched in, for a server-side
+    /// apply has no room for two addresses of one type in a Node.
     pub fn apply(&self, object: &Value) -> Result<()> {
         let mut object = object.clone();
         strip_nulls(&mut object);
         let path = self.path(&object, None)?;
         let status = object.as_object_mut().and_then(|fields| fields.remove("status"));
-        self.apply_at(&path, &object)?;
+        let apply = format!("{path}?fieldManager={MANAGER}&force=true");
+        self.ask("PATCH", &apply, Some(("application/apply-patch+yaml", &object)))?;
         if let Some(status) = status {
-            let metadata =
-                json!({"name": object["metadata"]["name"], "namespace": object["metadata"]["namespace"]});
-            let mut status = json!({
-                "apiVersion": object["apiVersion"], "kind": object["kind"], "metadata": metadata, "status": status,
-            });
-            strip_nulls(&mut status);
-            self.apply_at(&format!("{path}/status"), &status)?;
+            let patch = format!("{path}/status?fieldManager={MANAGER}");
+            self.ask("PATCH", &patch, Some(("application/merge-patch+json", &json!({ "status": status }))))?;
         }
         Ok(())
-    }
-
-    fn apply_at(&self, path: &str, object: &Value) -> Result<()> {
-        let path = format!("{path}?fieldManager={MANAGER}&force=true");
-        self.ask("PATCH", &path, Some(("application/apply-patch+yaml", object))).map(drop)
     }
 
     /// Deletes an object at once, as a node would finish it that nobody runs here; not being there is fine.
