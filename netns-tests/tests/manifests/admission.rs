@@ -38,7 +38,8 @@ fn condition(node: &str, status: &str) -> Value {
 }
 
 fn node_status(name: &str) -> Value {
-    json!({"apiVersion": "margay.io/v1alpha1", "kind": "MeshNodeStatus", "metadata": {"name": name}})
+    json!({"apiVersion": "margay.io/v1alpha1", "kind": "MeshNodeStatus", "metadata": {"name": name},
+        "spec": {}})
 }
 
 fn announce(caller: &Caller, node: &str, value: Option<&str>) -> Answer {

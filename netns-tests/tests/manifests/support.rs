@@ -217,5 +217,6 @@ spec:
         openAPIV3Schema:
           type: object
           properties:
+            spec: {type: object}
             status: {type: object, x-kubernetes-preserve-unknown-fields: true}
 ";
