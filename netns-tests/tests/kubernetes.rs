@@ -8,7 +8,6 @@ mod common;
 use std::time::Duration;
 
 use common::{address, all_between, assert_cut, assert_reach, between, bins, nodes};
-use mesh_api::status::Status;
 use netns_tests::capture::Capture;
 use netns_tests::cluster::Cluster;
 use netns_tests::flow::Flow;
@@ -37,14 +36,10 @@ fn condition(node: &Value) -> Value {
     all.into_iter().find(|one| one["type"] == "MargayMeshReady").unwrap_or_default()
 }
 
-fn status(lab: &Lab, node: &str) -> Status {
-    lab.agent(node).unwrap().status().unwrap()
-}
-
 /// Waits for an issue of a node's agent, by reason.
 fn has_issue(lab: &Lab, node: &str, reason: &str, object: &str) {
     wait::until(format!("{node} to tell {reason} of {object}"), LONG, || {
-        let issues = status(lab, node).issues;
+        let issues = lab.agent(node)?.status()?.issues;
         let found = issues.iter().any(|issue| issue.reason == reason && issue.object == object);
         anyhow::ensure!(found, "{issues:?}");
         Ok(Some(()))
@@ -54,7 +49,7 @@ fn has_issue(lab: &Lab, node: &str, reason: &str, object: &str) {
 
 fn has_no_issue(lab: &Lab, node: &str) {
     wait::until(format!("{node} to have no issue"), LONG, || {
-        let issues = status(lab, node).issues;
+        let issues = lab.agent(node)?.status()?.issues;
         anyhow::ensure!(issues.is_empty(), "{issues:?}");
         Ok(Some(()))
     })
@@ -147,7 +142,9 @@ fn what_a_node_says_is_in_its_object_and_only_it_says_so() {
         let object = node(&cluster, name);
         let key = lab.host(name).unwrap().run(&["wg", "show", "margay0", "public-key"]).unwrap();
         assert!(annotation(&object, "margay.io/keys").contains(key.trim()), "{object}");
-        let fields = object["metadata"]["managedFields"].as_array().unwrap().clone();
+        // kubectl leaves them out.
+        let whole = cluster.client().ask("GET", &format!("/api/v1/nodes/{name}"), None).unwrap();
+        let fields = whole["metadata"]["managedFields"].as_array().unwrap().clone();
         let managers: Vec<&str> = fields.iter().filter_map(|entry| entry["manager"].as_str()).collect();
         assert!(
             managers.contains(&"margay-agent") && managers.contains(&"margay-agent-status"),
@@ -255,7 +252,7 @@ fn the_mesh_goes_on_without_its_api_server() {
         has_no_issue(&lab, name);
         lab.settle_node(name, LONG).unwrap();
         let heard = wait::until(format!("{name} to hear of the policy"), LONG, || {
-            let table = lab.host(name)?.run(&["meshctl", "policies"])?;
+            let table = lab.host(name)?.run(&["meshctl", "policy", "list"])?;
             Ok(table.contains("deny").then_some(()))
         });
         heard.unwrap_or_else(|error| panic!("{error:?}\n{}", lab.logs(name)));
