@@ -426,8 +426,8 @@ pods:
             ("underlay:", "apiServer: {ips: [192.0.2.1]}\nunderlay:", "apiServer.ips"),
             ("underlay:", "apiServer: {}\nunderlay:", "ips"),
             (
-                "name: b",
-                "name: apiserver}\napiServer: {ips: [192.0.2.9]}\nexternals:\n  - {name: b",
+                "underlay:",
+                "externals: [{name: apiserver, ips: [192.0.2.8]}]\napiServer: {ips: [192.0.2.9]}\nunderlay:",
                 "apiServer.name",
             ),
             ("mtu: 1400", "mtoo: 1400", "mtoo"),
