@@ -70,6 +70,8 @@ pub struct Node {
     pub labels: Labels,
     /// The `margay.io/` annotations.
     pub annotations: Labels,
+    /// While the announcement in `annotations` is illegible: that of the same Node's annotations before, which was not.
+    pub announced_before: Labels,
     /// `spec.podCIDRs`.
     pub pod_cidrs: Vec<IpNet>,
     /// `status.addresses`, types InternalIP then ExternalIP.

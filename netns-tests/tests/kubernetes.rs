@@ -328,7 +328,7 @@ fn nodes_join_leave_move_and_are_rebuilt() {
         "margay.io/announcement-version": "1",
         "margay.io/keys": json!([{"publicKey": old.trim(), "port": 51820, "epoch": 0}]).to_string(),
     });
-    cluster.apply(&stale.to_string()).unwrap();
+    cluster.client().apply(&stale).unwrap();
     lab.put(manifests::node(&spec)).unwrap();
     lab.start_node("c").unwrap();
     lab.settle(LONG).unwrap();

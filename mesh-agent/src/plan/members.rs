@@ -35,22 +35,26 @@ impl Members {
         };
         let mut claims = Vec::new();
         let mut silent = BTreeMap::new();
+        let mut claim = |mut announcement: Announcement, authority: Authority| {
+            if external {
+                announcement.pod_cidrs.clear();
+            }
+            claims.push(Claim { announcement, authority });
+        };
         for (name, node) in &cluster.nodes {
             let authority = authority(node, external);
             match Announcement::from_annotations(name, &node.annotations) {
                 // What we have just said of ourselves is newer than what came back.
                 Ok(Some(said)) if *name == local.node_name && said.keys.iter().all(is_ours) => {}
-                Ok(Some(mut announcement)) => {
-                    if external {
-                        announcement.pod_cidrs.clear();
-                    }
-                    claims.push(Claim { announcement, authority });
-                }
+                Ok(Some(announcement)) => claim(announcement, authority),
                 Ok(None) => drop(silent.insert(name.clone(), authority)),
                 Err(error) => {
                     let object = format!("Node/{name}");
                     issues.push(issue(object, error.annotation, "InvalidAnnouncement", error.problem));
-                    silent.insert(name.clone(), authority);
+                    match Announcement::from_annotations(name, &node.announced_before) {
+                        Ok(Some(before)) if *name != local.node_name => claim(before, authority),
+                        _ => drop(silent.insert(name.clone(), authority)),
+                    }
                 }
             }
         }

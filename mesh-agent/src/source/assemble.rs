@@ -69,7 +69,8 @@ pub fn of_server<'a>(objects: impl Iterator<Item = &'a Decoded>, own_name: &str)
 #[derive(Default)]
 struct Assembly<'a> {
     objects: BTreeMap<&'a ObjectKey, (&'a Object, &'a str)>,
-    announcements: BTreeMap<&'a str, Labels>,
+    /// What nodes say of themselves, and said before.
+    announcements: BTreeMap<&'a str, (Labels, Labels)>,
     issues: Vec<Issue>,
     count: usize,
 }
@@ -139,7 +140,7 @@ impl<'a> Assembly<'a> {
             self.issue(key.clone(), field, "NotAnAnnouncement", message);
         }
         self.count += 1;
-        self.announcements.insert(name, announced);
+        self.announcements.insert(name, (announced, node.announced_before.clone()));
     }
 
     fn finish(mut self, own_name: &str) -> (Cluster, usize) {
@@ -162,11 +163,12 @@ impl<'a> Assembly<'a> {
                 }
             }
         }
-        for (name, announced) in self.announcements {
+        for (name, (announced, before)) in self.announcements {
             let node = cluster.nodes.entry(name.to_owned()).or_default();
             // Every announcement carries all of them, so what a copied Node object still has is older.
             node.annotations.retain(|key, _| !keyservice::announcement::ANNOTATIONS.contains(&key.as_str()));
             node.annotations.extend(announced);
+            node.announced_before = before;
         }
         for key in cluster.pods.keys() {
             let implied = || implied_labels(&key.namespace);

@@ -153,6 +153,20 @@ pub struct Decoded {
     pub problems: Problems,
 }
 
+impl Decoded {
+    /// What still counts of the same object `before`: all of it where this one is refused, and of a Node what it
+    /// announced.
+    pub fn go_on_from(&mut self, before: &Self) {
+        match (&mut self.object, &before.object) {
+            (Some(Object::Node(now)), Some(Object::Node(before))) => {
+                node::remember(&self.key.name, now, before)
+            }
+            (now @ None, before) => now.clone_from(before),
+            _ => {}
+        }
+    }
+}
+
 /// Decodes one object of a known kind, as somebody wrote it.
 pub fn decode(kind: Kind, value: &Value) -> Decoded {
     decode_from(kind, value, true)

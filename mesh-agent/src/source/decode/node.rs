@@ -1,11 +1,13 @@
 //! Node.
 
 use k8s_openapi::api::core::v1;
+use keyservice::Announcement;
+use keyservice::announcement::ANNOTATIONS;
 
 use super::problem::Problems;
 use super::{cidr, meta};
 use crate::names;
-use crate::snapshot::Node;
+use crate::snapshot::{Labels, Node};
 
 /// Converts a Node.
 pub fn decode(node: &v1::Node, problems: &mut Problems) -> Node {
@@ -45,6 +47,23 @@ pub fn decode(node: &v1::Node, problems: &mut Problems) -> Node {
         }
     }
     out
+}
+
+/// Goes on with what the Node of that name announced `before`, where what it announces now is illegible: a slip of a hand
+/// in an annotation is repaired by its agent, and must cost no packet until then. A new UID is another node.
+pub fn remember(name: &str, now: &mut Node, before: &Node) {
+    let legible =
+        |annotations: &Labels| matches!(Announcement::from_annotations(name, annotations), Ok(Some(_)));
+    let illegible = Announcement::from_annotations(name, &now.annotations).is_err();
+    if now.uid != before.uid || !illegible {
+        return;
+    }
+    now.announced_before = if legible(&before.annotations) {
+        let announced = before.annotations.iter().filter(|(key, _)| ANNOTATIONS.contains(&key.as_str()));
+        announced.map(|(key, value)| (key.clone(), value.clone())).collect()
+    } else {
+        before.announced_before.clone()
+    };
 }
 
 /// `spec.podCIDRs`: at most one a family, and `spec.podCIDR` the first of them where both are given.

@@ -49,9 +49,9 @@ impl FileObjects {
         let Manifests { mut objects, problems } = now;
         let accepted = before.objects.iter().filter(|old| old.object.is_some());
         let accepted: BTreeMap<&ObjectKey, &Decoded> = accepted.map(|old| (&old.key, old)).collect();
-        for decoded in objects.iter_mut().filter(|decoded| decoded.object.is_none()) {
+        for decoded in &mut objects {
             if let Some(old) = accepted.get(&decoded.key) {
-                decoded.object.clone_from(&old.object);
+                decoded.go_on_from(old);
             }
         }
         if problems.iter().any(|problem| problem.incomplete) {

@@ -93,10 +93,10 @@ impl Shelf {
     }
 }
 
-/// Of an object that is refused, the version accepted before stays.
+/// Of an object that is refused, the version accepted before stays; and so does an announcement.
 fn accepted(mut now: Decoded, before: Option<Decoded>) -> Decoded {
-    if now.object.is_none() {
-        now.object = before.and_then(|before| before.object);
+    if let Some(before) = before {
+        now.go_on_from(&before);
     }
     now
 }
@@ -104,10 +104,10 @@ fn accepted(mut now: Decoded, before: Option<Decoded>) -> Decoded {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use serde_json::json;
+    use serde_json::{Value, json};
 
     use super::*;
-    use crate::source::decode::decode_served;
+    use crate::source::decode::{Object, decode_served};
 
     fn node(name: &str, address: &str) -> Decoded {
         let addresses = json!([{"type": "InternalIP", "address": address}]);
@@ -151,6 +151,33 @@ mod tests {
             assert!(now.problems.is_refused());
             assert_eq!(now.object, good);
         }
+    }
+
+    #[test]
+    fn an_illegible_announcement_leaves_the_one_before_in_force_until_the_node_is_another() {
+        let node = |uid: &str, keys: Value| {
+            let annotations =
+                json!({"margay.io/announcement-version": "1", "margay.io/keys": keys.to_string()});
+            let value = json!({"metadata": {"name": "a", "uid": uid, "annotations": annotations}});
+            decode_served(Kind::Node, &value)
+        };
+        let before = |shelf: &Shelf| match &shelf.objects().next().unwrap().object {
+            Some(Object::Node(node)) => node.announced_before.get("margay.io/keys").cloned(),
+            other => panic!("{other:?}"),
+        };
+        let key = keyservice::PublicKey::from_bytes([7; 32]).to_string();
+        let good = json!([{"publicKey": key, "port": 51820, "epoch": 0}]);
+        let mut shelf = Shelf::new(&[Kind::Node]);
+        shelf.take(Kind::Node, Heard::All(vec![node("u", good.clone())]));
+        assert_eq!(before(&shelf), None);
+        for bad in [json!("x"), json!([]), json!(7)] {
+            shelf.take(Kind::Node, Heard::Is(Box::new(node("u", bad))));
+            assert_eq!(before(&shelf), Some(good.to_string()));
+        }
+        shelf.take(Kind::Node, Heard::Is(Box::new(node("v", json!("x")))));
+        assert_eq!(before(&shelf), None, "rebuilt");
+        shelf.take(Kind::Node, Heard::Is(Box::new(node("v", good))));
+        assert_eq!(before(&shelf), None);
     }
 
     #[test]
