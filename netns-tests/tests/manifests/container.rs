@@ -133,4 +133,6 @@ mount -t proc proc proc
 mount -o bind,ro proc/sys proc/sys
 mount -t sysfs -o ro sysfs sys
 for name in null zero full random urandom; do touch dev/$name; mount --bind /dev/$name dev/$name; done
+ln -s /proc/self/fd dev/fd
+ln -s fd/0 dev/stdin; ln -s fd/1 dev/stdout; ln -s fd/2 dev/stderr
 ";
