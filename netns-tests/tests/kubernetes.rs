@@ -168,7 +168,15 @@ fn what_a_node_says_is_in_its_object_and_only_it_says_so() {
     std::thread::sleep(Duration::from_secs(10)); // What is measured is that nothing happens.
     assert_eq!(writes(&cluster), before);
 
-    // A hand in what is the agent's is repaired, and costs no packet; one in what is the operator's stays.
+    // The operator's word is obeyed. (While packets come, they say where the peer is.)
+    let word = "margay.io/endpoint-override=[2001:db8::2]:51820";
+    cluster.kubectl(&["annotate", "node", "b", word]).unwrap();
+    wait::until("the operator's word to be obeyed", LONG, || {
+        let endpoints = lab.host("a")?.run(&["wg", "show", "margay0", "endpoints"])?;
+        Ok(endpoints.contains("[2001:db8::2]:51820").then_some(()))
+    })
+    .unwrap();
+    // A hand in what is the agent's is repaired, and costs no packet, and the operator's word stays.
     let traffic = flows(&lab);
     let right = node(&cluster, "b");
     for bad in ["x", "[{\"publicKey\":\"AAAA\"}]", ""] {
@@ -190,13 +198,6 @@ fn what_a_node_says_is_in_its_object_and_only_it_says_so() {
             .iter()
             .all(|key| annotation(&now, key) == annotation(&right, key));
         Ok(same.then_some(()))
-    })
-    .unwrap();
-    let word = "margay.io/endpoint-override=[2001:db8::2]:51820";
-    cluster.kubectl(&["annotate", "node", "b", word]).unwrap();
-    wait::until("the operator's word to be obeyed", LONG, || {
-        let endpoints = lab.host("a")?.run(&["wg", "show", "margay0", "endpoints"])?;
-        Ok(endpoints.contains("[2001:db8::2]:51820").then_some(()))
     })
     .unwrap();
     cluster
@@ -327,10 +328,12 @@ fn nodes_join_leave_move_and_are_rebuilt() {
     stale["metadata"]["annotations"] = json!({
         "margay.io/announcement-version": "1",
         "margay.io/keys": json!([{"publicKey": old.trim(), "port": 51820, "epoch": 0}]).to_string(),
+        "margay.io/endpoints": "192.0.2.3:51820", "margay.io/capabilities": "", "margay.io/pod-cidrs": "",
     });
     cluster.client().apply(&stale).unwrap();
     lab.put(manifests::node(&spec)).unwrap();
-    lab.start_node("c").unwrap();
+    lab.write_node("c").unwrap();
+    lab.start_agent("c").unwrap();
     lab.settle(LONG).unwrap();
     assert_ne!(key(&lab), old);
     reach(&lab, &[("pa", "pc"), ("pc", "pb")]);
@@ -342,6 +345,7 @@ fn nodes_join_leave_move_and_are_rebuilt() {
         "metadata": {"name": "thief", "annotations": {
             "margay.io/announcement-version": "1", "margay.io/keys": keys,
             "margay.io/endpoints": "192.0.2.2:51820", "margay.io/pod-cidrs": "10.244.2.0/24",
+            "margay.io/capabilities": "",
         }},
         "spec": {"podCIDR": "10.244.2.0/24", "podCIDRs": ["10.244.2.0/24"]},
         "status": {"addresses": [{"type": "InternalIP", "address": "192.0.2.2"}]},

@@ -1,4 +1,5 @@
 //! The custom resource `MeshNodeStatus`, of which each node writes its own: how its part of the mesh is, in short.
+#![allow(clippy::duplicated_attributes)] // Several columns have the same type.
 
 use kube::CustomResource;
 use schemars::JsonSchema;

@@ -116,12 +116,14 @@ pub async fn tell(client: Client, board: Board) {
         let looked = board.look(|seen| {
             let (name, uid) = own_node(&seen.snapshot)?;
             // What is not known yet is no news.
-            let synced = seen.snapshot.synced.then_some(())?;
+            if !seen.snapshot.synced {
+                return None;
+            }
             let now = unhealthy(seen, &known, wall);
             let status = told(seen, &now);
-            Some((name.to_owned(), uid.to_owned(), now, status, synced))
+            Some((name.to_owned(), uid.to_owned(), now, status))
         });
-        let Some((name, uid, now, status, ())) = looked else { continue };
+        let Some((name, uid, now, status)) = looked else { continue };
         known = now;
         // The generation alone is no reason to write: it moves with every change of every object.
         let same = written.as_ref().is_some_and(|(of, old)| {

@@ -156,8 +156,10 @@ mod tests {
     #[test]
     fn an_illegible_announcement_leaves_the_one_before_in_force_until_the_node_is_another() {
         let node = |uid: &str, keys: Value| {
-            let annotations =
-                json!({"margay.io/announcement-version": "1", "margay.io/keys": keys.to_string()});
+            let annotations = json!({
+                "margay.io/announcement-version": "1", "margay.io/keys": keys.to_string(),
+                "margay.io/endpoints": "", "margay.io/capabilities": "", "margay.io/pod-cidrs": "",
+            });
             let value = json!({"metadata": {"name": "a", "uid": uid, "annotations": annotations}});
             decode_served(Kind::Node, &value)
         };
