@@ -318,6 +318,8 @@ fn nodes_join_leave_move_and_are_rebuilt() {
     ]);
 
     // It comes back as another one of that name: a new object, a new disk, a new key.
+    let pod = lab.spec().pods.iter().find(|pod| pod.name == "pc").unwrap().clone();
+    lab.remove_pod("d", "pc").unwrap();
     let cluster = lab.cluster().unwrap();
     let key = |lab: &Lab| lab.host("c").unwrap().run(&["wg", "show", "margay0", "public-key"]).unwrap();
     let old = key(&lab);
@@ -336,6 +338,7 @@ fn nodes_join_leave_move_and_are_rebuilt() {
     lab.start_agent("c").unwrap();
     lab.settle(LONG).unwrap();
     assert_ne!(key(&lab), old);
+    lab.add_pods(&[(pod, manifests::PodStatus::default())]).unwrap();
     reach(&lab, &[("pa", "pc"), ("pc", "pb")]);
 
     // Another cluster's node with the same key and address steals nothing.
