@@ -92,6 +92,15 @@ fn structural(schema: &mut Value) {
             if map.get("format").is_some_and(|f| f.as_str().is_some_and(|f| f.starts_with("uint"))) {
                 map.remove("format");
             }
+            // Variants that are described one by one: their names only.
+            if let Some(Value::Array(variants)) = map.remove("oneOf") {
+                let names = variants.iter().flat_map(|variant| {
+                    let listed = variant.get("enum").and_then(Value::as_array).into_iter().flatten();
+                    listed.chain(variant.get("const")).cloned().collect::<Vec<_>>()
+                });
+                map.insert("enum".to_owned(), names.collect());
+                map.insert("type".to_owned(), "string".into());
+            }
             map.values_mut().for_each(structural);
         }
         Value::Array(list) => list.iter_mut().for_each(structural),

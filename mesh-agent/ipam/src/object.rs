@@ -15,6 +15,9 @@ pub const VERSION: &str = "v1alpha1";
 /// A range of pod addresses, cut into blocks that nodes take as they need them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[schemars(extend("x-kubernetes-validations" = [{
+    "rule": "has(self.blockSize) == has(oldSelf.blockSize) && (!has(self.blockSize) || self.blockSize == oldSelf.blockSize)",
+    "message": "a pool's blockSize cannot change"}]))]
 pub struct IpPoolSpec {
     /// The prefix, IPv4 or IPv6. It never changes; make another pool instead.
     #[schemars(extend("format" = "cidr", "x-kubernetes-validations" = [

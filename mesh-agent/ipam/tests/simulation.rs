@@ -4,9 +4,7 @@
 
 mod world;
 
-use std::future::Future;
 use std::net::IpAddr;
-use std::pin::Pin;
 use std::time::Duration;
 
 use mesh_ipam::IpamError;
@@ -15,12 +13,12 @@ use proptest::prelude::*;
 use serde_json::json;
 
 use world::act::{Act, Done, act};
-use world::{GRACE, World, poll};
+use world::{GRACE, Running, World, poll};
 
 const MINUTE: Duration = Duration::from_secs(60);
 
 fn random_act(world: &mut World, machine: usize) -> Act {
-    match world.dice.below(10) {
+    match world.dice.below(12) {
         0..=4 => {
             let ips: Vec<IpAddr> = match world.dice.below(8) {
                 0 => vec![IpAddr::from([10, 0, 0, world.dice.below(64) as u8])],
@@ -68,13 +66,13 @@ fn together(world: &mut World, acts: Vec<(usize, Act)>, deadly: bool) -> Vec<(us
                 client
             })
             .collect();
-        let mut running: Vec<(usize, Pin<Box<dyn Future<Output = Done> + '_>>)> = taken
+        let mut running: Vec<(usize, Running<'_, Done>)> = taken
             .iter_mut()
             .zip(&clients)
             .zip(&acts)
             .enumerate()
             .map(|(at, ((machine, client), (_, what)))| {
-                let future: Pin<Box<dyn Future<Output = Done> + '_>> =
+                let future: Running<'_, Done> =
                     Box::pin(act(machine, client, &world.api, world.now, what.clone()));
                 (at, future)
             })
@@ -163,7 +161,7 @@ fn disturb(world: &mut World) {
             api.pods.retain(|pod| pod.node != name);
         }
         // And comes back. What was taken for gone has lost its pods by then.
-        8..=10 => {
+        8..=9 => {
             let outcast = world.is_outcast(&world.machines[at]);
             if outcast && world.dice.percent(50) {
                 world.machines[at].reboot();
@@ -178,7 +176,7 @@ fn disturb(world: &mut World) {
             }
         }
         // A pod's status arrives; objects of pods that went, go.
-        11..=12 => statuses(world),
+        10..=12 => statuses(world),
         // The pool is replaced by one with another block size, or closed.
         13 => {
             let size = 28 + world.dice.below(4);
@@ -291,8 +289,8 @@ fn run(seed: u64, steps: usize) {
             disturb(&mut world);
             world.check_always();
         }
-        if world.dice.percent(50) {
-            let minutes = 1 + world.dice.below(12) as u32;
+        if world.dice.percent(60) {
+            let minutes = 1 + world.dice.below(20) as u32;
             advance(&mut world, minutes * MINUTE);
         }
     }
@@ -329,7 +327,7 @@ fn fill(world: &mut World) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 96, max_shrink_iters: 0, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 64, max_shrink_iters: 0, ..ProptestConfig::default() })]
     #[test]
     fn no_address_is_ever_two_machines_and_none_is_lost(seed in any::<u64>(), steps in 1usize..120) {
         run(seed, steps);

@@ -24,7 +24,7 @@ use serde_json::{Value, json};
 pub const GRACE: Grace = Grace {
     gone: Duration::from_secs(75 * 60),
     stray: Duration::from_secs(10 * 60),
-    step: Duration::from_secs(20 * 60),
+    step: Duration::from_secs(40 * 60),
 };
 pub const SETTINGS: Settings = Settings { low: 2, high: 4, attempts: 6, trust: Duration::from_secs(60 * 60) };
 
@@ -268,20 +268,13 @@ pub fn pod_handle(name: &str, uid: &str) -> Handle {
     }
 }
 
+/// What an agent is at.
+pub type Running<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
+
 /// Polls once.
-pub fn poll<T>(future: &mut Pin<Box<dyn Future<Output = T> + '_>>) -> Option<T> {
+pub fn poll<T>(future: &mut Running<'_, T>) -> Option<T> {
     match future.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
         Poll::Ready(value) => Some(value),
         Poll::Pending => None,
-    }
-}
-
-/// Polls to the end.
-pub fn finish<T>(future: impl Future<Output = T>) -> T {
-    let mut future: Pin<Box<dyn Future<Output = T> + '_>> = Box::pin(future);
-    loop {
-        if let Some(value) = poll(&mut future) {
-            return value;
-        }
     }
 }
