@@ -2,4 +2,5 @@
 
 pub mod cni;
 pub mod defaults;
+pub mod ipam;
 pub mod status;
