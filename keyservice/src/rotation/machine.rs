@@ -261,6 +261,11 @@ impl Machine {
             return seen.settled.then_some(Step::Changed);
         }
         let present = slot.epoch;
+        if seen.secret == SecretSeen::Changed && seen.peers.values().any(|peer| moves_to(peer, present)) {
+            // They are on their way to the epoch in which this node began, and give that epoch the secret. The next one
+            // begins when they have arrived, which may be long after the last session without the secret has ended.
+            return Some(Step::Renew { epoch: present });
+        }
         let Some((cause, target)) = self.target(seen, settings, present) else {
             self.due = None;
             return None;
@@ -467,6 +472,11 @@ impl Machine {
 
 fn announces(peer: &PeerSeen, epoch: u64) -> bool {
     peer.claims.iter().any(|claim| claim.epoch == epoch)
+}
+
+/// Whether it goes from the epoch before to this one.
+fn moves_to(peer: &PeerSeen, epoch: u64) -> bool {
+    announces(peer, epoch) && epoch.checked_sub(1).is_some_and(|before| announces(peer, before))
 }
 
 /// The largest epoch that peers announce and this node may follow.
