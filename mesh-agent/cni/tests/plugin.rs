@@ -217,12 +217,15 @@ fn an_installer_that_is_killed_leaves_old_or_new_files_and_a_running_plugin_is_r
     std::fs::write(path("10-m.conflist"), list("first")).unwrap();
     assert!(install().status().unwrap().success());
     std::fs::write(path("bin/mesh-cni"), &older).unwrap();
-    let mut running = Command::new(path("bin/mesh-cni"))
-        .env("CNI_COMMAND", "VERSION")
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut older_one = Command::new(path("bin/mesh-cni"));
+    older_one.env("CNI_COMMAND", "VERSION").stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut running = loop {
+        match older_one.spawn() {
+            // A process that another test has just begun may still have the file open as we wrote it.
+            Err(error) if error.kind() == std::io::ErrorKind::ExecutableFileBusy => std::thread::yield_now(),
+            other => break other.unwrap(),
+        }
+    };
     let name_of = || {
         let text = std::fs::read(path("conf/10-m.conflist")).unwrap();
         let list: Value = serde_json::from_slice(&text).expect("half a list");
