@@ -7,7 +7,8 @@ use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 
 const EXIT_CODES: &str = "Exit codes:
   0  the answer is printed; with --check, the mesh is healthy
-  1  with --check: a peer is down, a device is not up, a reconciler fails or there is an issue
+  1  with --check: a peer is down, a device is not up, a reconciler fails or there is an issue;
+     ipam check: there is a finding
   2  the command line is wrong
   3  the agent is not there or does not answer
   4  permission to its socket is refused
@@ -81,6 +82,11 @@ pub(crate) enum Command {
         #[command(subcommand)]
         command: Option<Keys>,
     },
+    /// Pod addresses from IPPools: how much of what is in use
+    Ipam {
+        #[command(subcommand)]
+        command: Option<Ipam>,
+    },
     /// Packets that policy dropped, newest last
     Events {
         /// Go on printing new ones
@@ -103,6 +109,24 @@ pub(crate) enum Keys {
         /// Ask all nodes, by raising spec.rotationEpoch in the manifest of the MeshConfiguration
         #[arg(long)]
         all: bool,
+    },
+}
+
+/// `meshctl ipam …`
+#[derive(Debug, Clone, Subcommand)]
+pub(crate) enum Ipam {
+    /// What is printed without a command
+    Show {
+        /// Also every block
+        #[arg(long)]
+        blocks: bool,
+    },
+    /// What does not fit together: leaked, given twice, outside of pools, in no block; exits with 1 if anything
+    Check,
+    /// Free an address that nobody uses, without waiting until the agents do
+    Release {
+        /// The address
+        ip: std::net::IpAddr,
     },
 }
 
