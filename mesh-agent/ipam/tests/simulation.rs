@@ -327,7 +327,7 @@ fn fill(world: &mut World) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 64, max_shrink_iters: 0, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 300, max_shrink_iters: 0, ..ProptestConfig::default() })]
     #[test]
     fn no_address_is_ever_two_machines_and_none_is_lost(seed in any::<u64>(), steps in 1usize..120) {
         run(seed, steps);
