@@ -266,9 +266,12 @@ impl<L: Ledger> NodeAllocator<L> {
         out
     }
 
-    /// A block of this node's in which nobody has an address, and from which none is about to be needed: others
-    /// keep enough ready.
+    /// An empty block that is nobody's, or is this node's and none of it is about to be needed: others keep enough
+    /// ready.
     fn is_superfluous(&self, block: &Block, site: &Site<'_>) -> bool {
+        if block.affinity.is_none() {
+            return true;
+        }
         let served = general(site, block.family()).iter().any(|pool| pool.cidr.contains(&block.cidr));
         let elsewhere = self.holdings.addresses.iter().any(|(ip, other)| {
             Family::of(*ip) == block.family() && *other != block.cidr && self.affine.contains(other)

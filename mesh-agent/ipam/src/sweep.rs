@@ -79,8 +79,13 @@ impl<L: Ledger> NodeAllocator<L> {
             }
             let mut block = stored.block.clone();
             block.allocations.remove(&ip);
-            match store.update(&block, &stored.version).await {
-                Ok(_) => {
+            let written = if block.affinity.is_none() && block.allocations.is_empty() {
+                store.delete(cidr, &stored.version).await
+            } else {
+                store.update(&block, &stored.version).await.map(drop)
+            };
+            match written {
+                Ok(()) => {
                     let handle = entry.handle.as_ref().map(ToString::to_string);
                     return Ok(Ok(Released { node: Some(entry.node.clone()), handle, ..free }));
                 }

@@ -56,7 +56,7 @@ impl World {
         let api = self.api.lock().unwrap();
         let catalogue = api.catalogue();
         let mut wanted: BTreeSet<(IpAddr, String)> = BTreeSet::new();
-        let mut ready = 0;
+        let mut ready: BTreeSet<(IpAddr, String)> = BTreeSet::new();
         for machine in self.machines.iter().filter(|machine| machine.replaced.is_none()) {
             let Some(agent) = &machine.agent else { continue };
             let disk = machine.disk.lock().unwrap();
@@ -70,10 +70,11 @@ impl World {
             let holdings = agent.holdings();
             let tunnels = holdings.tunnels.iter().filter(|ip| holdings.addresses.contains_key(*ip));
             wanted.extend(tunnels.map(|ip| (*ip, format!("{node} tunnel"))));
-            ready += 2 * super::SETTINGS.high;
+            let idle = |ip: &&IpAddr| !disk.leases.contains_key(*ip) && !holdings.tunnels.contains(*ip);
+            ready.extend(holdings.addresses.keys().filter(idle).map(|ip| (*ip, node.clone())));
         }
         drop(api);
-        let (mut found, mut kept) = (BTreeSet::new(), 0);
+        let (mut found, mut kept) = (BTreeSet::new(), BTreeSet::new());
         let nodes: Vec<String> = self.api.lock().unwrap().nodes.keys().cloned().collect();
         let blocks = self.memory.blocks();
         for (at, stored) in blocks.iter().enumerate() {
@@ -93,14 +94,16 @@ impl World {
                     Some(handle) => {
                         found.insert((*ip, format!("{} {handle}", entry.node)));
                     }
-                    None => kept += 1,
+                    None => drop(kept.insert((*ip, entry.node.clone()))),
                 }
             }
         }
         // What is in use outside of every pool stays written until it goes.
         found.retain(|(ip, _)| catalogue.pool_of(*ip).is_some());
         assert_eq!(found, wanted);
-        assert!(kept <= ready, "{kept} addresses are kept ready, at most {ready} should be");
+        assert_eq!(kept, ready);
+        let most = 2 * super::SETTINGS.high * nodes.len();
+        assert!(kept.len() <= most, "{} addresses are kept ready", kept.len());
     }
 
     /// That a node may say that nothing is left: no usable address of a pool that lends, or of its own blocks,
