@@ -153,11 +153,6 @@ pub fn documents(text: &str) -> Vec<Value> {
 /// the DaemonSets' controller.
 pub fn install(cluster: &Cluster<'_>, nodes: &[&str]) {
     cluster.apply(&kustomize("base")).unwrap();
-    let crds = cluster.kubectl(&["get", "crd", "-o", "name"]).unwrap();
-    if !crds.contains("meshnodestatuses.margay.io") {
-        // The policy is about every kind of ours that a node writes, whether this version has it or not.
-        cluster.apply(NODE_STATUS).unwrap();
-    }
     let condition = "--for=condition=Established";
     cluster.kubectl(&["wait", condition, "crd", "--all", "--timeout=60s"]).unwrap();
     for name in nodes {
@@ -199,24 +194,3 @@ pub fn pod(cluster: &Cluster<'_>, name: &str, node: Option<&str>) {
     });
     cluster.client().apply(&pod).unwrap();
 }
-
-const NODE_STATUS: &str = "
-apiVersion: apiextensions.k8s.io/v1
-kind: CustomResourceDefinition
-metadata: {name: meshnodestatuses.margay.io}
-spec:
-  group: margay.io
-  scope: Cluster
-  names: {kind: MeshNodeStatus, plural: meshnodestatuses, singular: meshnodestatus}
-  versions:
-    - name: v1alpha1
-      served: true
-      storage: true
-      subresources: {status: {}}
-      schema:
-        openAPIV3Schema:
-          type: object
-          properties:
-            spec: {type: object}
-            status: {type: object, x-kubernetes-preserve-unknown-fields: true}
-";

@@ -38,7 +38,7 @@ impl Shelf {
                 let mut old = std::mem::take(&mut objects.by_key);
                 for decoded in all {
                     let before = old.remove(&decoded.key);
-                    objects.by_key.insert(decoded.key.clone(), accepted(decoded, before));
+                    objects.by_key.insert(decoded.key.clone(), accepted(decoded, before.as_ref()));
                 }
                 objects.listed = true;
                 objects.silent = None;
@@ -46,9 +46,8 @@ impl Shelf {
             }
             Heard::Is(decoded) => {
                 let before = objects.by_key.remove(&decoded.key);
-                let known = before.clone();
-                let now = accepted(*decoded, before);
-                let changed = known.as_ref() != Some(&now);
+                let now = accepted(*decoded, before.as_ref());
+                let changed = before.as_ref() != Some(&now);
                 objects.by_key.insert(now.key.clone(), now);
                 changed
             }
@@ -94,9 +93,9 @@ impl Shelf {
 }
 
 /// Of an object that is refused, the version accepted before stays; and so does an announcement.
-fn accepted(mut now: Decoded, before: Option<Decoded>) -> Decoded {
+fn accepted(mut now: Decoded, before: Option<&Decoded>) -> Decoded {
     if let Some(before) = before {
-        now.go_on_from(&before);
+        now.go_on_from(before);
     }
     now
 }
