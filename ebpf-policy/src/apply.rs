@@ -5,7 +5,7 @@
 //! is judged by the old or by the new policy, or is denied. Last the revision moves on, and live connections are judged again.
 
 use margay_bpf::layout::{
-    Addr, Address, Config, Decision, Endpoint, IdentityId, LAYOUT_VERSION, SetKey, TableId,
+    Addr, Address, Config, Decision, Endpoint, IdentityId, LAYOUT_VERSION, ServiceKey, SetKey, TableId,
 };
 
 use crate::compile::{Compiled, Prefix, TablePrefix};
@@ -29,6 +29,7 @@ pub(crate) struct State {
     pub(crate) prefixes: Mirror<Prefix, IdentityId>,
     pub(crate) sets: Mirror<SetKey, TableId>,
     pub(crate) tables: Mirror<TablePrefix, Decision>,
+    pub(crate) services: Mirror<ServiceKey, u32>,
     pub(crate) ranges: Mirror<Prefix, u32>,
     /// Something may have changed since the revision last moved on: true at first, since an earlier agent may have died between
     /// the two.
@@ -55,6 +56,8 @@ impl State {
         report.written += self.prefixes.write(&wanted.prefixes)?;
         report.removed += self.prefixes.sweep(&wanted.prefixes)?;
         report.removed += self.addresses.sweep(&wanted.addresses)?;
+        report.written += self.services.write(&wanted.services)?;
+        report.removed += self.services.sweep(&wanted.services)?;
         report.written += self.ranges.write(&wanted.ranges)?;
         report.removed += self.ranges.sweep(&wanted.ranges)?;
         report.written += self.endpoints.write(&wanted.endpoints)?;

@@ -3,12 +3,13 @@
 //! Either way nothing hangs on the agent's life: a TCX link is pinned, a filter belongs to its device. Replacing a program is one
 //! atomic step in both.
 
+use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::path::Path;
 
 use aya::programs::links::{FdLink, LinkError, PinnedLink};
 use aya::programs::tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcError, TcHandle};
-use aya::programs::{LinkOrder, ProgramError, SchedClassifier, TcAttachType};
+use aya::programs::{LinkOrder, ProgramError, SchedClassifier, SkLookup, TcAttachType};
 use aya::sys::SyscallError;
 
 use crate::enforcer::AttachMode;
@@ -24,7 +25,7 @@ const HANDLE: TcHandle = TcHandle::new(0, 4207);
 fn side(program: &str) -> TcAttachType {
     match program {
         // Towards a pod is what its host-side veth sends.
-        "pod_ingress" => TcAttachType::Egress,
+        "pod_ingress" | "exit_ethernet" | "exit_ip" => TcAttachType::Egress,
         _ => TcAttachType::Ingress,
     }
 }
@@ -146,6 +147,21 @@ pub(crate) fn detach(pins: &Pins, of: &Attachment) -> Result<(), Error> {
     }
     // A TCX link lives as long as its pin.
     remove_file(&path)
+}
+
+/// Attaches the program for the host's sockets to the calling thread's network namespace, then takes an older one away: for a
+/// moment there are two, which agree.
+pub(crate) fn host(pins: &Pins, loaded: &mut SkLookup) -> Result<(), Error> {
+    const NAMESPACE: &str = "/proc/thread-self/ns/net";
+    const ON: &str = "the host's sockets";
+    let failed = |source| Error::attach(crate::object::HOST, ON, source);
+    let namespace = File::open(NAMESPACE).map_err(|source| Error::io("open", NAMESPACE, source))?;
+    let id = loaded.attach(namespace).map_err(failed)?;
+    let link = FdLink::from(loaded.take_link(id).map_err(failed)?);
+    let (path, new) = (pins.host(), pins.host().with_file_name("host_new"));
+    remove_file(&new)?;
+    link.pin(&new).map_err(|source| Error::Pin { path: new.clone(), source: Box::new(source) })?;
+    fs::rename(&new, &path).map_err(|source| Error::io("rename", new, source))
 }
 
 fn clsact_link(of: &Attachment, ifname: &str) -> Result<SchedClassifierLink, std::io::Error> {

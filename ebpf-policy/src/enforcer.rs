@@ -1,10 +1,11 @@
 //! The programs and maps in the kernel: load or adopt, attach, apply, observe, take away.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 
 use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, PerCpuHashMap, RingBuf};
-use aya::programs::{SchedClassifier, TestRun, TestRunOptions};
+use aya::programs::{SchedClassifier, SkLookup, TestRun, TestRunOptions};
 use aya::{Ebpf, EbpfLoader};
 use margay_bpf::layout::{Addr, Config, Count, CounterKey, Decision, LAYOUT_VERSION, Reason, TableKey};
 use nix::net::if_::{if_indextoname, if_nametoindex};
@@ -16,7 +17,7 @@ use crate::error::Error;
 use crate::events::{Counter, Events, seen_from_pod};
 use crate::maps::Mirror;
 use crate::object;
-use crate::pins::{Attachment, Pins};
+use crate::pins::Pins;
 
 /// Where programs are attached.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -56,8 +57,42 @@ pub struct Attached {
     pub ifindex: u32,
     /// Its present name.
     pub ifname: String,
-    /// Whether it is the tunnel device (else a pod's veth).
-    pub tunnel: bool,
+    /// What it is to policy.
+    pub role: Role,
+}
+
+/// What a device is to policy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Role {
+    /// A pod's host-side veth.
+    Pod,
+    /// The tunnel device.
+    Tunnel,
+    /// Any other device that packets from pods may leave by.
+    Exit(Framing),
+}
+
+/// What stands before the IP header of a device's packets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Framing {
+    /// An Ethernet header.
+    Ethernet,
+    /// Nothing.
+    Ip,
+}
+
+impl Role {
+    const ALL: [Self; 4] = [Self::Pod, Self::Tunnel, Self::Exit(Framing::Ethernet), Self::Exit(Framing::Ip)];
+
+    /// The programs such a device carries. The tunnel comes before a mere exit without headers, since it has all that one has.
+    const fn programs(self) -> &'static [&'static str] {
+        match self {
+            Self::Pod => &["pod_egress", "pod_ingress"],
+            Self::Tunnel => &["tunnel_ingress", "exit_ip"],
+            Self::Exit(Framing::Ethernet) => &["exit_ethernet"],
+            Self::Exit(Framing::Ip) => &["exit_ip"],
+        }
+    }
 }
 
 /// The programs and maps of this node. Dropping it changes nothing in the kernel.
@@ -84,9 +119,6 @@ impl std::fmt::Debug for Enforcer {
 
 /// `linux/pkt_cls.h`.
 const TC_ACT_SHOT: u32 = 2;
-
-const POD: [&str; 2] = ["pod_egress", "pod_ingress"];
-const TUNNEL: [&str; 1] = ["tunnel_ingress"];
 
 impl Enforcer {
     /// Loads programs and maps and pins them, or adopts what an earlier agent pinned: its maps, with all connections, and its
@@ -123,6 +155,7 @@ impl Enforcer {
             let program = program(&mut enforcer.programs, attachment.program)?;
             attach::replace(&enforcer.pins, program, &attachment)?;
         }
+        attach::host(&enforcer.pins, host_program(&mut enforcer.programs)?)?;
         if !adopted {
             enforcer.pins.publish(&dir)?;
         }
@@ -136,18 +169,19 @@ impl Enforcer {
 
     /// Attaches both directions to a pod's host-side veth. Until [`Self::apply`] knows the endpoint, it is closed.
     pub fn attach_pod(&mut self, ifname: &str) -> Result<(), Error> {
-        self.attach(ifname, &POD)
+        self.attach(ifname, Role::Pod)
     }
 
-    /// Attaches the source check to the tunnel device.
+    /// Attaches to the tunnel device the check of sources, and the judgement of what pods send to Services.
     pub fn attach_tunnel(&mut self, ifname: &str) -> Result<(), Error> {
-        self.attach(ifname, &TUNNEL)
+        self.attach(ifname, Role::Tunnel)
     }
 
-    fn attach(&mut self, ifname: &str, names: &[&'static str]) -> Result<(), Error> {
+    /// Attaches to a device the programs of its role.
+    pub fn attach(&mut self, ifname: &str, role: Role) -> Result<(), Error> {
         let ifindex = if_nametoindex(ifname)
             .map_err(|errno| Error::Device { ifname: ifname.to_owned(), source: errno.into() })?;
-        for name in names {
+        for name in role.programs() {
             let program = program(&mut self.programs, name)?;
             attach::attach(&self.pins, self.attach, program, name, ifname, ifindex)?;
         }
@@ -174,18 +208,18 @@ impl Enforcer {
         Ok(())
     }
 
-    /// Devices that carry our programs, whoever attached them. A pod's veth counts once both of its sides are attached.
+    /// Devices that carry our programs, whoever attached them. A device has a role once all programs of it are attached.
     pub fn attached(&self) -> Result<Vec<Attached>, Error> {
-        let all = self.pins.attachments()?;
-        let on = |of: &Attachment, name| {
-            all.iter().any(|other| other.ifindex == of.ifindex && other.program == name)
-        };
-        let devices = all.iter().filter_map(|of| {
-            let tunnel = of.program == "tunnel_ingress";
-            let counts = tunnel || (of.program == "pod_egress" && on(of, "pod_ingress"));
-            Some(Attached { ifindex: of.ifindex, ifname: ifname(of.ifindex).filter(|_| counts)?, tunnel })
+        let mut devices: BTreeMap<u32, Vec<&'static str>> = BTreeMap::new();
+        for of in self.pins.attachments()? {
+            devices.entry(of.ifindex).or_default().push(of.program);
+        }
+        let attached = devices.into_iter().filter_map(|(ifindex, programs)| {
+            let has_all = |role: &Role| role.programs().iter().all(|name| programs.contains(name));
+            let role = Role::ALL.into_iter().find(has_all)?;
+            Some(Attached { ifindex, ifname: ifname(ifindex)?, role })
         });
-        Ok(devices.collect())
+        Ok(attached.collect())
     }
 
     /// Makes the maps hold exactly what was compiled, such that nothing is open in between.
@@ -301,7 +335,17 @@ fn load<'a>(object: &[u8], pins: impl Iterator<Item = (&'a str, PathBuf)>) -> Re
             .load()
             .map_err(|source| Error::Program { program: name, source: Box::new(source) })?;
     }
+    host_program(&mut ebpf)?
+        .load()
+        .map_err(|source| Error::Program { program: object::HOST, source: Box::new(source) })?;
     Ok(ebpf)
+}
+
+fn host_program(ebpf: &mut Ebpf) -> Result<&mut SkLookup, Error> {
+    ebpf.program_mut(object::HOST)
+        .ok_or_else(|| Error::Object(format!("no program {}", object::HOST)))?
+        .try_into()
+        .map_err(|source| Error::Program { program: object::HOST, source: Box::new(source) })
 }
 
 pub(crate) fn program<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut SchedClassifier, Error> {
@@ -324,6 +368,7 @@ fn open_state(ebpf: &mut Ebpf) -> Result<State, Error> {
         prefixes: Mirror::open("PREFIXES", take::<LpmTrie<_, Addr, _>>(ebpf, "PREFIXES")?)?,
         sets: Mirror::open("SETS", take::<HashMap<_, _, _>>(ebpf, "SETS")?)?,
         tables: Mirror::open("TABLES", take::<LpmTrie<_, TableKey, Decision>>(ebpf, "TABLES")?)?,
+        services: Mirror::open("SERVICES", take::<HashMap<_, _, _>>(ebpf, "SERVICES")?)?,
         ranges: Mirror::open("RANGES", take::<LpmTrie<_, Addr, _>>(ebpf, "RANGES")?)?,
         unsettled: true,
     })

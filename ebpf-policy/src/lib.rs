@@ -24,7 +24,7 @@ pub mod simulate;
 
 pub use apply::ApplyReport;
 pub use compile::{Compiled, compile};
-pub use enforcer::{AttachMode, Attached, Enforcer, Options};
+pub use enforcer::{AttachMode, Attached, Enforcer, Framing, Options, Role};
 pub use error::Error;
 pub use events::{Counter, Event, Events};
 

@@ -4,7 +4,7 @@
 //! applied the API server's defaults (protocol TCP, `policyTypes`, the `kubernetes.io/metadata.name` label of a namespace).
 //! What it could not convert becomes a fail-closed value (`invalid`), never a missing one.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::IpAddr;
 
@@ -23,6 +23,17 @@ pub struct ClusterView {
     pub namespaces: BTreeMap<String, Labels>,
     /// Every NetworkPolicy, valid or not.
     pub policies: Vec<NetworkPolicy>,
+    /// Addresses from which kube-proxy sends packets on to others: policy looks at those others.
+    pub services: BTreeSet<ServiceAddress>,
+}
+
+/// An address at which a Service is reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct ServiceAddress {
+    /// A cluster IP, an external or load balancer's IP, or a node's address.
+    pub ip: IpAddr,
+    /// The one port of it that is the Service's, as a NodePort is; `None` for all of them.
+    pub port: Option<(Protocol, u16)>,
 }
 
 /// A pod's name in its namespace.

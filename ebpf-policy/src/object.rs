@@ -12,8 +12,11 @@ struct Aligned<T: ?Sized>(T);
 
 static OBJECT: &Aligned<[u8]> = &Aligned(*include_bytes!("../object/margay.bpf.o"));
 
-/// The programs' names in the object.
-pub(crate) const PROGRAMS: [&str; 3] = ["pod_egress", "pod_ingress", "tunnel_ingress"];
+/// The names of the programs for devices.
+pub(crate) const PROGRAMS: [&str; 5] =
+    ["pod_egress", "pod_ingress", "tunnel_ingress", "exit_ethernet", "exit_ip"];
+/// The name of the program for the host's sockets.
+pub(crate) const HOST: &str = "host_ingress";
 
 /// The object's bytes: the committed ones, unless `MARGAY_BPF_OBJECT` names a file (for comparing tool chains).
 pub(crate) fn bytes() -> Result<Cow<'static, [u8]>, Error> {

@@ -4,6 +4,7 @@
 //! PIN_DIR/maps/NAME             the maps; present only once complete (made as maps_new, since bpffs allows no dots, and renamed)
 //! PIN_DIR/links/PROGRAM-IFINDEX a TCX link
 //! PIN_DIR/tc/PROGRAM-IFINDEX    the program of a clsact filter, as a mark that the filter is ours
+//! PIN_DIR/host                  the link of the program for the host's sockets
 //! ```
 
 use std::collections::BTreeMap;
@@ -99,6 +100,9 @@ impl Pins {
                 found,
                 wanted,
             };
+            if !path.try_exists().map_err(|source| Error::io("look for", &path, source))? {
+                return Err(mismatch("presence", 0, 1));
+            }
             let map =
                 MapData::from_pin(&path).map_err(|source| Error::map("open the pinned map", name, source))?;
             let info = map.info().map_err(|source| Error::map("inspect", name, source))?;
@@ -126,6 +130,10 @@ impl Pins {
             Via::Clsact => "tc",
         };
         self.root.join(dir).join(format!("{}-{}", of.program, of.ifindex))
+    }
+
+    pub(crate) fn host(&self) -> PathBuf {
+        self.root.join("host")
     }
 
     /// Everything that is attached, in order of devices.

@@ -6,10 +6,10 @@ use std::net::IpAddr;
 use std::rc::Rc;
 
 use margay_bpf::layout::{
-    Addr, Address, ConnKey, Connection, Decision, Endpoint, FragmentKey, IdentityId, SetKey, TableId,
-    TableKey,
+    Addr, Address, ConnKey, Connection, Decision, Endpoint, FragmentKey, IdentityId, ServiceKey, SetKey,
+    TableId, TableKey,
 };
-use margay_bpf::parse::{Packet, Start};
+use margay_bpf::parse::{self, Packet, Start};
 use margay_bpf::verdict::{self, Hook, Maps, Policy, Verdict};
 
 use crate::compile::{Compiled, Prefix, TablePrefix, addr};
@@ -44,6 +44,18 @@ impl Simulation {
     /// Judges a packet to or from a pod.
     pub fn judge(&self, hook: Hook, bytes: &[u8]) -> Verdict {
         verdict::judge_pod(self, bytes, Start::Ethernet, hook, &mut Packet::default())
+    }
+
+    /// Judges a packet that came in by device `input` where it leaves the node's stack.
+    pub fn judge_exit(&self, input: u32, bytes: &[u8]) -> Verdict {
+        verdict::judge_exit(self, bytes, Start::Ethernet, input, &mut Packet::default()).1
+    }
+
+    /// Judges a packet to a socket of the host. `None` if no pod sent it, or if it cannot be parsed.
+    pub fn judge_host(&self, bytes: &[u8]) -> Option<Verdict> {
+        let mut packet = Packet::default();
+        parse::packet(bytes, Start::Ethernet, &mut packet).ok()?;
+        verdict::judge_host(self, &packet).map(|(_, verdict)| verdict)
     }
 
     /// Judges a packet out of the tunnel.
@@ -116,6 +128,10 @@ impl Policy for Compiled {
         });
         let any = TableKey { table: key.table, port: [0; 4] };
         of_protocol.or_else(|| self.tables.get(&TablePrefix { length: TableKey::ANY_PROTOCOL, key: any }))
+    }
+
+    fn is_service(&self, key: &ServiceKey) -> bool {
+        self.services.contains_key(key)
     }
 
     fn range(&self, address: &Addr) -> Option<u32> {

@@ -36,6 +36,7 @@ fn view(pods: &[&Pod], policies: Vec<NetworkPolicy>) -> ClusterView {
         pods: pods.iter().map(pod).collect(),
         namespaces: BTreeMap::from([("shop".to_owned(), Labels::new())]),
         policies,
+        ..ClusterView::default()
     }
 }
 

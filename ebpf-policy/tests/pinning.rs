@@ -10,7 +10,7 @@ use aya::maps::{Array, HashMap, Map, MapData};
 use aya::programs::{SchedClassifier, TcAttachType};
 use common::{Host, ip, on_a_host};
 use ebpf_policy::model::{ClusterView, Pod, Ranges};
-use ebpf_policy::{Attached, Enforcer, Error, Options, compile};
+use ebpf_policy::{Attached, Enforcer, Error, Options, Role, compile};
 use margay_bpf::layout::{Config, LAYOUT_VERSION};
 
 const PORT: u16 = 8080;
@@ -127,7 +127,7 @@ fn a_device_that_has_gone_is_forgotten_and_one_that_never_was_is_named() {
         let (a, b, _) = two_pods(host);
         ip(&format!("link del {}", a.ifname));
         let mut enforcer = Enforcer::open(&Options::new(host.pin_dir())).unwrap();
-        let left = Attached { ifindex: b.ifindex, ifname: b.ifname.clone(), tunnel: false };
+        let left = Attached { ifindex: b.ifindex, ifname: b.ifname.clone(), role: Role::Pod };
         assert_eq!(enforcer.attached().unwrap(), [left]);
         assert_eq!(std::fs::read_dir(host.pin_dir().join("links")).unwrap().count(), 2);
         enforcer.detach("nosuchdevice").unwrap();

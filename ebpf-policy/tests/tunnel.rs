@@ -11,7 +11,7 @@ use std::os::fd::AsRawFd;
 use common::packet::Spec;
 use common::{eventually, ip, on_a_host};
 use ebpf_policy::model::{ClusterView, Ranges};
-use ebpf_policy::{AttachMode, Enforcer, Options, compile};
+use ebpf_policy::{AttachMode, Enforcer, Options, Role, compile};
 
 /// A TUN device without packet information.
 #[allow(unsafe_code, reason = "TUNSETIFF has no safe wrapper")]
@@ -57,7 +57,9 @@ fn forged_sources_out_of_the_tunnel_are_dropped_at_the_device() {
                 count("tunnel") == 2 && count("tunnel_own_source") == 1 && count("tunnel_unknown_source") == 1
             });
             let attached = enforcer.attached().unwrap();
-            assert!(matches!(attached.as_slice(), [device] if device.tunnel && device.ifname == "margay0"));
+            assert!(
+                matches!(attached.as_slice(), [device] if device.role == Role::Tunnel && device.ifname == "margay0")
+            );
             enforcer.detach("margay0").unwrap();
             assert!(enforcer.attached().unwrap().is_empty());
         });

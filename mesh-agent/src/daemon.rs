@@ -118,7 +118,7 @@ pub async fn run(config: AgentConfig) -> Result<()> {
     let board = Board::new(&rows.iter().map(|(_, name)| *name).collect::<Vec<_>>());
     board.set_issues("memory", forgotten.into_iter().collect());
     let engine = Engine::open(Path::new(defaults::BPF_DIR));
-    reconcilers.push(Box::new(PolicyReconciler::new(engine.clone(), board.clone())));
+    reconcilers.push(Box::new(PolicyReconciler::new(engine.clone(), board.clone(), netlink.clone())));
     let cni_server =
         cni::Server::open(state.root(), store.clone(), board.clone(), engine.clone(), connect()?).await;
     let denied = DenyLog::default();

@@ -55,6 +55,8 @@ pub struct Cluster {
     pub namespaces: BTreeMap<String, Labels>,
     /// Pods.
     pub pods: BTreeMap<ObjectRef, Pod>,
+    /// Services.
+    pub services: BTreeMap<ObjectRef, Service>,
     /// NetworkPolicies, in the policy engine's own model; a broken one is there too, failing closed.
     pub policies: BTreeMap<ObjectRef, ebpf_policy::model::NetworkPolicy>,
     /// What could not be read or was refused, by object and field.
@@ -99,6 +101,15 @@ pub struct Pod {
     pub terminating: bool,
     /// Declared container ports (native-sidecar init containers' too): (name, number, protocol).
     pub ports: Vec<(String, u16, String)>,
+}
+
+/// A Service object, as far as it changes packets' destinations.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Service {
+    /// Cluster, external and load balancer IPs.
+    pub addresses: BTreeSet<IpAddr>,
+    /// Ports of every node that are the Service's.
+    pub node_ports: BTreeSet<(ebpf_policy::model::Protocol, u16)>,
 }
 
 /// A pod's interface on this node, as CNI ADD made it (from the IPAM journal after a restart).

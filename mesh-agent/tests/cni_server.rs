@@ -540,8 +540,11 @@ fn a_pod_starts_closed_and_opens_when_its_object_arrives() {
         let engine = Engine::open(&directory.path().join("margay"));
         assert_eq!(engine.ready(), Ok(()));
         let board = Board::new(&["policy", "links", "neighbours", "routes", "rules"]);
-        let mut reconcilers: Vec<Box<dyn Reconciler>> =
-            vec![Box::new(PolicyReconciler::new(Arc::clone(&engine), board.clone()))];
+        let mut reconcilers: Vec<Box<dyn Reconciler>> = vec![Box::new(PolicyReconciler::new(
+            Arc::clone(&engine),
+            board.clone(),
+            Netlink::connect().unwrap(),
+        ))];
         reconcilers.extend(kernel());
         let denied = DenyLog::default();
         let ended = CancellationToken::new();

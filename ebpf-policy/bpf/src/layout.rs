@@ -6,7 +6,7 @@
 use core::cell::Cell;
 
 /// Version of everything in this file; an agent adopts pinned maps only if it is the same.
-pub const LAYOUT_VERSION: u32 = 1;
+pub const LAYOUT_VERSION: u32 = 2;
 
 /// Id of a policy set: all policies that isolate an endpoint in one direction, in order. [`NOT_ISOLATED`] means none does.
 pub type SetId = u64;
@@ -165,6 +165,21 @@ pub struct Decision {
     pub reserved: u32,
 }
 
+/// Key of `SERVICES`: an address that is no interface's, from which somebody (kube-proxy) sends packets on to another. The value
+/// says nothing.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ServiceKey {
+    /// The address.
+    pub address: Addr,
+    /// The one port of it, or 0 for all of them.
+    pub port: u16,
+    /// The port's protocol, 0 for all ports.
+    pub protocol: u8,
+    /// Zero.
+    pub reserved: u8,
+}
+
 /// `RANGES`: sources behind the tunnel device.
 pub mod range {
     /// Some remote node's.
@@ -221,11 +236,14 @@ pub mod state {
     pub const RESET: u32 = 16;
     /// A change of policy ended it: nothing of it passes until it is opened anew or allowed again.
     pub const CUT: u32 = 32;
-    /// Opened by the local node, which policy does not stop.
+    /// Opened by the local node, or by the pod to itself through a Service: policy does not stop it.
     pub const LOCAL_NODE: u32 = 64;
+    /// Opened to a Service by a pod that is isolated in egress: each packet is judged where its backend is known.
+    pub const SERVICE: u32 = 128;
 }
 
-/// Key of `FRAGMENTS`: a datagram whose first fragment was allowed. The value is when, monotonic ns.
+/// Key of `FRAGMENTS`: a datagram whose first fragment was allowed. The value is when, monotonic ns; its lowest bit says that
+/// the datagram is still to be judged where it leaves.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct FragmentKey {
@@ -251,6 +269,17 @@ pub mod direction {
     pub const INGRESS: u8 = 0;
     /// From the pod.
     pub const EGRESS: u8 = 1;
+    /// From the pod, where the packet leaves the node's stack: tells fragments there from those at the pod's veth.
+    pub const EXIT: u8 = 2;
+}
+
+/// Values of `skb->tc_index`, by which the program at a pod's veth tells those behind it what is done. Whatever a pod wrote
+/// there itself is overwritten; from a pod, a packet without [`tag::JUDGED`] is judged where it leaves.
+pub mod tag {
+    /// Policy has seen it, or need not.
+    pub const JUDGED: u32 = 0x4d01;
+    /// To be judged where its destination is final.
+    pub const PENDING: u32 = 0x4d02;
 }
 
 /// Key of `COUNTERS`.
@@ -353,6 +382,8 @@ reasons! {
     Fragment = 8 "fragment",
     /// Out of the tunnel, from a remote node's range.
     Tunnel = 9 "tunnel",
+    /// To a Service, and judged where its backend is known.
+    Service = 10 "service",
 
     /// Isolated, and no rule allows it.
     DefaultDeny = 32 "default_deny",
@@ -378,6 +409,10 @@ reasons! {
     TunnelUnknownSource = 42 "tunnel_unknown_source",
     /// Out of the tunnel with a source of ours.
     TunnelOwnSource = 43 "tunnel_own_source",
+    /// To a Service, and where it left nothing told which pod had sent it.
+    Unattributed = 44 "unattributed",
+    /// The host's own "no" to a connection that policy denied: denied is silence.
+    Refusal = 45 "refusal",
 }
 
 impl Reason {
@@ -390,7 +425,7 @@ impl Reason {
     /// Whether such a packet is reported as an event: denied, and not mere noise.
     #[inline(always)]
     pub const fn is_reported(self) -> bool {
-        !self.allows() && !matches!(self, Self::LinkLocal)
+        !self.allows() && !matches!(self, Self::LinkLocal | Self::Refusal)
     }
 
     /// The reason with this number.
@@ -416,6 +451,7 @@ mod pod {
         Address,
         SetKey,
         TableKey,
+        ServiceKey,
         Decision,
         ConnKey,
         FragmentKey,

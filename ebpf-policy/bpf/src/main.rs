@@ -3,6 +3,8 @@
 //! * `pod_egress`: tc ingress of a pod's host-side veth, what the pod sends.
 //! * `pod_ingress`: tc egress of the same veth, what the pod is sent.
 //! * `tunnel_ingress`: tc ingress of the tunnel device, which has no Ethernet header.
+//! * `exit_ethernet`, `exit_ip`: tc egress of every other device and of the tunnel, what pods send to Services, after DNAT.
+//! * `host_ingress`: the host's socket look-up, what pods send to Services with a backend on the host itself.
 
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
 

@@ -7,7 +7,7 @@ use aya_ebpf::maps::lpm_trie::Key;
 use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, PerCpuHashMap, RingBuf};
 use margay_bpf::layout::{
     Addr, Address, Config, ConnKey, Connection, Count, CounterKey, Decision, Endpoint, FragmentKey,
-    IdentityId, SetKey, TableId, TableKey,
+    IdentityId, ServiceKey, SetKey, TableId, TableKey,
 };
 use margay_bpf::verdict;
 
@@ -23,6 +23,8 @@ static PREFIXES: LpmTrie<Addr, IdentityId> = LpmTrie::with_max_entries(131_072, 
 static SETS: HashMap<SetKey, TableId> = HashMap::with_max_entries(524_288, BPF_F_NO_PREALLOC);
 #[map]
 static TABLES: LpmTrie<TableKey, Decision> = LpmTrie::with_max_entries(524_288, BPF_F_NO_PREALLOC);
+#[map]
+static SERVICES: HashMap<ServiceKey, u32> = HashMap::with_max_entries(131_072, BPF_F_NO_PREALLOC);
 #[map]
 static RANGES: LpmTrie<Addr, u32> = LpmTrie::with_max_entries(65_536, BPF_F_NO_PREALLOC);
 /// The value is a [`Connection`], as plain words because a static must be `Sync`.
@@ -71,6 +73,11 @@ impl verdict::Policy for Kernel {
     #[inline(always)]
     fn decision(&self, key: &TableKey) -> Option<&Decision> {
         TABLES.get(&Key::new(TableKey::ONE_PORT, *key))
+    }
+
+    #[inline(always)]
+    fn is_service(&self, key: &ServiceKey) -> bool {
+        SERVICES.get_ptr(key).is_some()
     }
 
     #[inline(always)]

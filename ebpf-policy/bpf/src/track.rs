@@ -11,6 +11,9 @@ const REFRESH: u64 = SECOND;
 /// How long a datagram's later fragments may follow the first (Linux' `ipfrag_time`).
 pub const FRAGMENT_LIFETIME: u64 = 30 * SECOND;
 
+/// For how long what the host answers to a denied connection is kept from the pod.
+pub const REFUSAL_LIFETIME: u64 = 2 * SECOND;
+
 /// The flow a packet belongs to.
 #[inline(always)]
 pub fn key(ifindex: u32, way: u8, packet: &Packet) -> ConnKey {

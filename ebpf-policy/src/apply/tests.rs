@@ -110,6 +110,7 @@ fn state(world: &Arc<Mutex<World>>) -> State {
         prefixes: mirror!(prefixes),
         sets: mirror!(sets),
         tables: mirror!(tables),
+        services: mirror!(services),
         ranges: mirror!(ranges),
         unsettled: true,
     }

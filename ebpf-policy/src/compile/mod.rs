@@ -15,10 +15,11 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use margay_bpf::layout::{
-    Addr, Address, Decision, Endpoint, IdentityId, RuleId, SetId, SetKey, TableId, TableKey, WORLD, range,
+    Addr, Address, Decision, Endpoint, IdentityId, RuleId, ServiceKey, SetId, SetKey, TableId, TableKey,
+    WORLD, range,
 };
 
-use crate::model::{ClusterView, Direction, LocalEndpoint, PodRef, Ranges, RuleName};
+use crate::model::{ClusterView, Direction, LocalEndpoint, PodRef, Ranges, RuleName, ServiceAddress};
 
 /// A prefix of addresses, as a longest-prefix-match key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -44,6 +45,7 @@ pub struct Compiled {
     pub(crate) prefixes: BTreeMap<Prefix, IdentityId>,
     pub(crate) sets: BTreeMap<SetKey, TableId>,
     pub(crate) tables: BTreeMap<TablePrefix, Decision>,
+    pub(crate) services: BTreeMap<ServiceKey, u32>,
     pub(crate) ranges: BTreeMap<Prefix, u32>,
     pub(crate) names: Names,
 }
@@ -83,6 +85,13 @@ impl Compiled {
         }
     }
 
+    /// The same where not every way out of the node can be watched: what goes to a Service is then judged by the Service's own
+    /// address, which only an ipBlock can name.
+    pub fn without_services(mut self) -> Self {
+        self.services.clear();
+        self
+    }
+
     /// Whether the endpoint is known and not closed.
     pub fn is_open(&self, ifindex: u32) -> bool {
         self.endpoints.get(&ifindex).is_some_and(|endpoint| endpoint.closed == 0)
@@ -111,6 +120,7 @@ pub fn compile(view: &ClusterView, local: &[LocalEndpoint], ranges: &Ranges) -> 
     let identities = identities::Identities::assign(view, local, &facts, &mut ids, &mut compiled);
     tables::build(&sets, &identities, &facts, &mut ids, &mut compiled);
 
+    compiled.services = view.services.iter().map(|service| (service_key(service), 1)).collect();
     // Ours is written last: for one prefix that both sides claim, the source counts as forged.
     for (nets, kind) in [(&ranges.remote, range::REMOTE), (&ranges.own, range::OWN)] {
         compiled.ranges.extend(nets.iter().map(|net| (prefix(net), kind)));
@@ -122,6 +132,11 @@ pub fn compile(view: &ClusterView, local: &[LocalEndpoint], ranges: &Ranges) -> 
 
 /// All of IPv4. It always has an entry, so that a prefix of IPv6 that happens to contain `::ffff:0:0/96` says nothing of IPv4.
 const IPV4: Prefix = Prefix { length: 96, address: Addr::v4([0; 4]) };
+
+fn service_key(service: &ServiceAddress) -> ServiceKey {
+    let (protocol, port) = service.port.map_or((0, 0), |(protocol, port)| (protocol.number(), port));
+    ServiceKey { address: addr(service.ip), port, protocol, reserved: 0 }
+}
 
 /// An address as the maps know it.
 pub(crate) fn addr(ip: IpAddr) -> Addr {

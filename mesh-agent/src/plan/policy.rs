@@ -23,12 +23,26 @@ pub(super) fn policy(snapshot: &Snapshot, own: &Own, peers: &Peers, addresses: &
             pods: cluster.pods.iter().map(|(name, pod)| of_pod(name, pod, &addresses.lost)).collect(),
             namespaces: cluster.namespaces.clone(),
             policies: cluster.policies.values().cloned().collect(),
+            services: services(snapshot, own, addresses),
         },
         endpoints: snapshot.endpoints.clone(),
         tunnels: devices(snapshot).into_iter().map(str::to_owned).collect(),
         remote_ranges: peers.all_prefixes(),
         own_ranges: own_addresses.map(host_prefix).chain(own.pod_cidrs.iter().copied()).collect(),
     }
+}
+
+/// Where Services are reached on this node: at their own addresses, and at their ports of the node's.
+fn services(snapshot: &Snapshot, own: &Own, addresses: &Addresses) -> BTreeSet<model::ServiceAddress> {
+    let of_node: BTreeSet<IpAddr> = own.addresses.iter().chain(&own.tunnel_addresses).copied().collect();
+    let of_node: Vec<_> = of_node.difference(&addresses.own).collect();
+    let each = snapshot.cluster.services.values();
+    let whole = each.clone().flat_map(|service| &service.addresses);
+    let whole = whole.map(|ip| model::ServiceAddress { ip: *ip, port: None });
+    let ports = each.flat_map(|service| &service.node_ports);
+    let ports =
+        ports.flat_map(|port| of_node.iter().map(|ip| model::ServiceAddress { ip: **ip, port: Some(*port) }));
+    whole.chain(ports).collect()
 }
 
 fn of_pod(name: &ObjectRef, pod: &Pod, lost: &BTreeSet<(ObjectRef, IpAddr)>) -> model::Pod {

@@ -200,7 +200,13 @@ mod tests {
         match op {
             Op::Remove(name) => drop(actual.remove(name)),
             Op::Make(name, mtu) => {
-                let link = LinkState { index: 2, mtu: *mtu, up: true, kind: WIREGUARD.to_owned() };
+                let link = LinkState {
+                    index: 2,
+                    mtu: *mtu,
+                    up: true,
+                    kind: WIREGUARD.to_owned(),
+                    layer: netlink_packet_route::link::LinkLayerType::None,
+                };
                 actual.insert(name.clone(), link);
             }
             Op::SetMtu(name, mtu) => actual.get_mut(name).unwrap().mtu = *mtu,
@@ -225,7 +231,7 @@ mod tests {
             failures in laws::failures(),
         ) {
             let start: Actual = start.into_iter()
-                .map(|(name, (mtu, up, kind))| (name, LinkState { index: 1, mtu, up, kind })).collect();
+                .map(|(name, (mtu, up, kind))| (name, LinkState { index: 1, mtu, up, kind, layer: netlink_packet_route::link::LinkLayerType::None })).collect();
             let links = wish.into_iter().map(|(name, mtu)| (name, Link { mtu, up: true })).collect();
             let datapath = if kernel { Datapath::Kernel } else { Datapath::Userspace };
             let desired = Desired { links, datapath, ..Desired::default() };

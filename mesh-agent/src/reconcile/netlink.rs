@@ -5,7 +5,7 @@ use std::io;
 use std::sync::Arc;
 
 use futures::stream::{Stream, TryStreamExt};
-use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
+use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage};
 use rtnetlink::Handle;
 use tokio::sync::Mutex;
 
@@ -22,6 +22,8 @@ pub struct LinkState {
     pub up: bool,
     /// `IFLA_INFO_KIND`: `wireguard`, `tun`, `veth` …; empty where there is none.
     pub kind: String,
+    /// What stands before its packets' IP headers.
+    pub layer: LinkLayerType,
 }
 
 /// The kind of a link that is WireGuard in the kernel.
@@ -105,7 +107,10 @@ fn parse_link(message: &LinkMessage) -> Option<(String, LinkState)> {
         }
     }
     let up = message.header.flags.contains(LinkFlags::Up);
-    Some((name?, LinkState { index: message.header.index, mtu, up, kind }))
+    Some((
+        name?,
+        LinkState { index: message.header.index, mtu, up, kind, layer: message.header.link_layer_type },
+    ))
 }
 
 /// The errno behind an error, positive, if the kernel sent one.

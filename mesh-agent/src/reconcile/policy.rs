@@ -12,10 +12,12 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ebpf_policy::model::{LocalEndpoint, PodRef, Ranges};
-use ebpf_policy::{Attached, Compiled, Counter, Enforcer, Error, Events, Options, compile};
+use ebpf_policy::{Attached, Compiled, Counter, Enforcer, Error, Events, Framing, Options, Role, compile};
 use futures::future::BoxFuture;
+use netlink_packet_route::link::LinkLayerType;
 use tokio::sync::Notify;
 
+use super::netlink::{Links, Netlink};
 use super::{ReconcileError, Reconciler, Report, Stage};
 use crate::cni::Gate;
 use crate::desired::{self, Desired};
@@ -154,18 +156,19 @@ impl Gate for Engine {
 pub struct PolicyReconciler {
     engine: Arc<Engine>,
     board: Board,
+    netlink: Netlink,
     /// What the last plan compiled to.
     compiled: Option<(desired::Policy, Arc<Compiled>)>,
 }
 
 impl PolicyReconciler {
     /// On these programs; what it finds out goes to the board.
-    pub fn new(engine: Arc<Engine>, board: Board) -> Self {
-        Self { engine, board, compiled: None }
+    pub fn new(engine: Arc<Engine>, board: Board, netlink: Netlink) -> Self {
+        Self { engine, board, netlink, compiled: None }
     }
 
-    fn pass(&mut self, desired: &Desired) -> Result<Report, ReconcileError> {
-        let compiled = self.compile(&desired.policy);
+    fn pass(&mut self, desired: &Desired, links: &Links) -> Result<Report, ReconcileError> {
+        let mut compiled = self.compile(&desired.policy);
         let engine = Arc::clone(&self.engine);
         let mut state = engine.state();
         engine.ensure_open(&mut state)?;
@@ -176,16 +179,16 @@ impl PolicyReconciler {
         let maps = |error: Error| ReconcileError::new("policy maps", chain(&error));
         enforcer.forget_vanished().map_err(maps)?;
         let attached = enforcer.attached().map_err(maps)?;
-        for interface in wanting(&desired.policy, &attached) {
-            let outcome = match interface {
-                Wanting::Pod(name) => enforcer.attach_pod(name),
-                Wanting::Tunnel(name) => enforcer.attach_tunnel(name),
-            };
-            report.record(
-                outcome.map_err(|error| {
-                    ReconcileError::new(format!("link {}", interface.name()), chain(&error))
-                }),
-            );
+        let mut watched = true;
+        for (name, role) in wanting(&desired.policy, &attached, links) {
+            let outcome = enforcer.attach(name, role);
+            watched &= outcome.is_ok() || role == Role::Pod;
+            report
+                .record(outcome.map_err(|error| ReconcileError::new(format!("link {name}"), chain(&error))));
+        }
+        if !watched {
+            // By one of the ways out nobody would judge what goes to Services.
+            compiled = Arc::new(Compiled::clone(&compiled).without_services());
         }
         if !desired.prune {
             // Not everything has been read. Pods that a predecessor policed must not be closed for want of
@@ -236,38 +239,42 @@ impl Reconciler for PolicyReconciler {
     }
 
     fn reconcile<'a>(&'a mut self, desired: &'a Desired) -> BoxFuture<'a, Result<Report, ReconcileError>> {
-        Box::pin(async move { self.pass(desired) })
+        Box::pin(async move {
+            let links = self.netlink.links().await?;
+            self.pass(desired, &links)
+        })
     }
 }
 
-/// A device that lacks our programs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Wanting<'a> {
-    Pod(&'a str),
-    Tunnel(&'a str),
-}
-
-impl<'a> Wanting<'a> {
-    fn name(self) -> &'a str {
-        match self {
-            Self::Pod(name) | Self::Tunnel(name) => name,
+/// Devices that are there and lack our programs, and what they are. A pod's interface that is gone waits for its DEL, a
+/// tunnel device for its datapath. Every other device is a way out.
+fn wanting<'a>(policy: &'a desired::Policy, attached: &[Attached], links: &'a Links) -> Vec<(&'a str, Role)> {
+    let role = |name: &str, layer: LinkLayerType| {
+        if policy.endpoints.contains_key(name) {
+            return Role::Pod;
         }
-    }
-}
-
-/// Devices that are there and lack our programs. A pod's interface that is gone waits for its DEL, a tunnel
-/// device for its datapath.
-fn wanting<'a>(policy: &'a desired::Policy, attached: &[Attached]) -> Vec<Wanting<'a>> {
-    let has = |name: &str, tunnel| attached.iter().any(|of| of.ifname == name && of.tunnel == tunnel);
-    let exists = |name: &str| nix::net::if_::if_nametoindex(name).is_ok();
-    let pods = policy.endpoints.keys().filter(|name| !has(name, false)).map(|name| Wanting::Pod(name));
-    let tunnels = policy.tunnels.iter().filter(|name| !has(name, true)).map(|name| Wanting::Tunnel(name));
-    pods.chain(tunnels).filter(|device| exists(device.name())).collect()
+        match layer {
+            _ if policy.tunnels.contains(name) => Role::Tunnel,
+            LinkLayerType::Ether => Role::Exit(Framing::Ethernet),
+            _ => Role::Exit(Framing::Ip),
+        }
+    };
+    let lacks = |name: &str, role: Role| {
+        let found = attached.iter().find(|of| of.ifname == name).map(|of| of.role);
+        // A pod's interface whose pod is not known here keeps what it has.
+        found.is_none_or(|found| found != role && matches!(role, Role::Pod | Role::Tunnel))
+    };
+    links
+        .iter()
+        .filter(|(_, link)| link.layer != LinkLayerType::Loopback)
+        .map(|(name, link)| (name.as_str(), role(name, link.layer)))
+        .filter(|(name, role)| lacks(name, *role))
+        .collect()
 }
 
 /// Tunnel devices that are none any more. Pods' interfaces stay as they are: see the module.
 fn superfluous<'a>(policy: &desired::Policy, attached: &'a [Attached]) -> Vec<&'a str> {
-    let gone = attached.iter().filter(|of| of.tunnel && !policy.tunnels.contains(&of.ifname));
+    let gone = attached.iter().filter(|of| of.role == Role::Tunnel && !policy.tunnels.contains(&of.ifname));
     gone.map(|of| of.ifname.as_str()).collect()
 }
 

@@ -158,6 +158,9 @@ impl<'a> Assembly<'a> {
                 Object::Pod(pod) => {
                     cluster.pods.insert(key.reference(), pod.clone());
                 }
+                Object::Service(service) => {
+                    cluster.services.insert(key.reference(), service.clone());
+                }
                 Object::Policy(policy) => {
                     cluster.policies.insert(key.reference(), policy.clone());
                 }

@@ -11,6 +11,7 @@ pub mod node;
 pub mod pod;
 pub mod problem;
 pub mod selector;
+pub mod service;
 #[cfg(test)]
 mod tests;
 mod unknown;
@@ -25,7 +26,7 @@ use serde_json::Value;
 
 use crate::config::mesh::{MeshConfiguration, MeshConfigurationSpec};
 use crate::names;
-use crate::snapshot::{Labels, Node, ObjectRef, Pod};
+use crate::snapshot::{Labels, Node, ObjectRef, Pod, Service};
 use problem::Problems;
 
 /// The kinds of objects the agent reads.
@@ -39,13 +40,16 @@ pub enum Kind {
     Namespace,
     /// v1.
     Pod,
+    /// v1.
+    Service,
     /// networking.k8s.io/v1.
     NetworkPolicy,
 }
 
 impl Kind {
-    const ALL: [Self; 5] =
-        [Self::MeshConfiguration, Self::Node, Self::Namespace, Self::Pod, Self::NetworkPolicy];
+    /// Every kind.
+    pub const ALL: [Self; 6] =
+        [Self::MeshConfiguration, Self::Node, Self::Namespace, Self::Pod, Self::Service, Self::NetworkPolicy];
 
     /// As written in `kind:`.
     pub const fn name(self) -> &'static str {
@@ -54,6 +58,7 @@ impl Kind {
             Self::Node => "Node",
             Self::Namespace => "Namespace",
             Self::Pod => "Pod",
+            Self::Service => "Service",
             Self::NetworkPolicy => "NetworkPolicy",
         }
     }
@@ -62,7 +67,7 @@ impl Kind {
     pub const fn api_version(self) -> &'static str {
         match self {
             Self::MeshConfiguration => "margay.io/v1alpha1",
-            Self::Node | Self::Namespace | Self::Pod => "v1",
+            Self::Node | Self::Namespace | Self::Pod | Self::Service => "v1",
             Self::NetworkPolicy => "networking.k8s.io/v1",
         }
     }
@@ -74,12 +79,13 @@ impl Kind {
             Self::Node => "nodes",
             Self::Namespace => "namespaces",
             Self::Pod => "pods",
+            Self::Service => "services",
             Self::NetworkPolicy => "networkpolicies",
         }
     }
 
     const fn namespaced(self) -> bool {
-        matches!(self, Self::Pod | Self::NetworkPolicy)
+        matches!(self, Self::Pod | Self::Service | Self::NetworkPolicy)
     }
 
     /// The kind a manifest says it is. Of other kinds and groups we know nothing; another version of one of
@@ -138,6 +144,8 @@ pub enum Object {
     Namespace(Labels),
     /// A Pod.
     Pod(Pod),
+    /// A Service.
+    Service(Service),
     /// A NetworkPolicy, perhaps failing closed.
     Policy(model::NetworkPolicy),
 }
@@ -193,6 +201,8 @@ fn decode_from(kind: Kind, value: &Value, told: bool) -> Decoded {
         Kind::Pod => {
             typed(value, told, problems).map(|pod: core::v1::Pod| Object::Pod(pod::decode(&pod, problems)))
         }
+        Kind::Service => typed(value, told, problems)
+            .map(|service: core::v1::Service| Object::Service(service::decode(&service, problems))),
         Kind::NetworkPolicy => {
             let typed = typed::<networking::v1::NetworkPolicy>(value, told, problems);
             // Dropping a field would widen a rule (`- form: […]` for `from` admits everyone), and `kubectl apply`

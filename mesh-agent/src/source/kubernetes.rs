@@ -54,7 +54,7 @@ impl KubernetesSource {
         let (ask, asked) = watch::channel(0);
         let mut followers = self.followers(&tell, &asked);
         drop(tell);
-        let kinds = [Kind::MeshConfiguration, Kind::Node, Kind::Namespace, Kind::Pod, Kind::NetworkPolicy];
+        let kinds = Kind::ALL;
         let mut shelf = Shelf::new(&kinds);
         let mut due: Option<(Instant, Instant)> = None;
         let mut not_before = Instant::now();
@@ -116,6 +116,8 @@ impl KubernetesSource {
         followers.spawn(follow::<item::Namespace>(client, tell_of, asked_for));
         let (client, tell_of, asked_for) = with();
         followers.spawn(follow::<item::Pod>(client, tell_of, asked_for));
+        let (client, tell_of, asked_for) = with();
+        followers.spawn(follow::<item::Service>(client, tell_of, asked_for));
         let (client, tell_of, asked_for) = with();
         followers.spawn(follow::<item::NetworkPolicy>(client, tell_of, asked_for));
         followers

@@ -56,7 +56,13 @@ mod tests {
 
     #[test]
     fn only_unwanted_kernel_devices_of_our_name_go() {
-        let link = |index, kind: &str| LinkState { index, mtu: 1420, up: true, kind: kind.to_owned() };
+        let link = |index, kind: &str| LinkState {
+            index,
+            mtu: 1420,
+            up: true,
+            kind: kind.to_owned(),
+            layer: netlink_packet_route::link::LinkLayerType::None,
+        };
         let actual: Links =
             [("margay0", "wireguard"), ("margay1", "wireguard"), ("margay2", "tun"), ("wg0", "wireguard")]
                 .into_iter()

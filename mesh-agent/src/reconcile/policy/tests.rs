@@ -2,6 +2,7 @@
 use ebpf_policy::model::{ClusterView, LabelSelector, NetworkPolicy, Pod, Rule};
 
 use super::*;
+use crate::reconcile::netlink::LinkState;
 use crate::snapshot::{Endpoint, ObjectRef};
 
 fn endpoint(pod: &str, ifindex: u32, ip: &str) -> Endpoint {
@@ -44,6 +45,7 @@ fn desired() -> Desired {
         pods: vec![pod("web", "10.1.1.2"), pod("db", "10.1.1.3")],
         namespaces: [("default".to_owned(), Default::default())].into(),
         policies: vec![deny],
+        ..ClusterView::default()
     };
     let endpoints = [
         ("mgyweb".to_owned(), endpoint("web", 4, "10.1.1.2")),
@@ -81,14 +83,48 @@ fn an_endpoint_without_programs_counts_as_closed() {
 
 #[test]
 fn a_pods_interface_is_never_detached_and_a_former_tunnel_is() {
-    let attached = |ifname: &str, tunnel| Attached { ifindex: 1, ifname: ifname.into(), tunnel };
-    let devices = [attached("mgygone", false), attached("margay1", true), attached("margay0", true)];
+    let attached = |ifname: &str, role| Attached { ifindex: 1, ifname: ifname.into(), role };
+    let devices = [
+        attached("mgygone", Role::Pod),
+        attached("margay1", Role::Tunnel),
+        attached("margay0", Role::Tunnel),
+        attached("eth0", Role::Exit(Framing::Ethernet)),
+    ];
     let policy = desired::Policy { tunnels: ["margay0".to_owned()].into(), ..Default::default() };
     assert_eq!(superfluous(&policy, &devices), ["margay1"]);
 }
 
 #[test]
-fn without_programs_pods_are_refused_with_the_reason_and_the_pass_fails() {
+fn every_device_that_packets_may_leave_by_is_watched() {
+    let link = |layer| LinkState { index: 1, mtu: 1500, up: true, kind: String::new(), layer };
+    let links: Links = [
+        ("lo", LinkLayerType::Loopback),
+        ("eth0", LinkLayerType::Ether),
+        ("ppp0", LinkLayerType::Ppp),
+        ("margay0", LinkLayerType::None),
+        ("margay1", LinkLayerType::None),
+        ("mgydb", LinkLayerType::Ether),
+        ("mgyold", LinkLayerType::Ether),
+    ]
+    .map(|(name, layer)| (name.to_owned(), link(layer)))
+    .into();
+    let attached = |ifname: &str, role| Attached { ifindex: 1, ifname: ifname.into(), role };
+    let devices = [attached("margay0", Role::Exit(Framing::Ip)), attached("mgyold", Role::Pod)];
+    let tunnels = ["margay0".to_owned(), "margay1".to_owned(), "margay9".to_owned()].into();
+    let policy = desired::Policy { tunnels, ..desired().policy };
+    let wanting = wanting(&policy, &devices, &links);
+    let expected = [
+        ("eth0", Role::Exit(Framing::Ethernet)),
+        ("margay0", Role::Tunnel),
+        ("margay1", Role::Tunnel),
+        ("mgydb", Role::Pod),
+        ("ppp0", Role::Exit(Framing::Ip)),
+    ];
+    assert_eq!(wanting, expected);
+}
+
+#[tokio::test]
+async fn without_programs_pods_are_refused_with_the_reason_and_the_pass_fails() {
     // Not a bpffs: nothing can be pinned here.
     let directory = tempfile::tempdir().unwrap();
     let engine = Engine::open(&directory.path().join("pins"));
@@ -96,7 +132,7 @@ fn without_programs_pods_are_refused_with_the_reason_and_the_pass_fails() {
     assert!(refused.starts_with("policy cannot be enforced: "), "{refused}");
     assert!(engine.attach_closed("lo").is_err());
     let board = Board::new(&["policy"]);
-    let mut reconciler = PolicyReconciler::new(engine, board);
-    let error = reconciler.pass(&desired()).unwrap_err();
+    let mut reconciler = PolicyReconciler::new(engine, board, Netlink::connect().unwrap());
+    let error = reconciler.pass(&desired(), &Links::new()).unwrap_err();
     assert_eq!(error.object, "policy engine");
 }

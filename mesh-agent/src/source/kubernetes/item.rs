@@ -29,7 +29,7 @@ macro_rules! watched {
         }
     )*};
 }
-watched!(MeshConfiguration Node Namespace Pod NetworkPolicy);
+watched!(MeshConfiguration Node Namespace Pod Service NetworkPolicy);
 
 /// An object of kind `W`.
 #[derive(Debug, Clone)]
