@@ -12,7 +12,7 @@ use std::sync::mpsc::channel;
 use common::cluster::{any_address, cluster, local, policies, port_number};
 use common::on_a_host;
 use common::packet::Spec;
-use ebpf_policy::model::{ClusterView, Direction, LocalEndpoint, PodRef, Ranges};
+use ebpf_policy::model::{ClusterView, Direction, LocalEndpoint, PodRef, Ranges, ServiceAddress};
 use ebpf_policy::reference::{Answer, Flow, evaluate};
 use ebpf_policy::simulate::Simulation;
 use ebpf_policy::{Counter, Enforcer, Hook, Options, Reason, compile, direction};
@@ -227,11 +227,20 @@ fn the_kernel_judges_as_the_host_does_for_every_reason_there_is() {
         .iter()
         .filter(|reason| {
             use Reason::{
-                DenyRule, LinkLocal, Tunnel, TunnelOwnSource, TunnelUnknownSource, UnknownEndpoint,
+                DenyRule, LinkLocal, Refusal, Tunnel, TunnelOwnSource, TunnelUnknownSource, Unattributed,
+                UnknownEndpoint,
             };
             !matches!(
                 reason,
-                DenyRule | LinkLocal | Tunnel | TunnelOwnSource | TunnelUnknownSource | UnknownEndpoint
+                // The last two need real packets: see services.rs.
+                DenyRule
+                    | LinkLocal
+                    | Tunnel
+                    | TunnelOwnSource
+                    | TunnelUnknownSource
+                    | UnknownEndpoint
+                    | Unattributed
+                    | Refusal
             )
         })
         .filter(|reason| !seen.contains(reason.name()))
@@ -254,9 +263,11 @@ fn compare_with_the_kernel(mut runner: TestRunner) -> BTreeSet<&'static str> {
         let result = runner.run(&runs, |(view, second, third, steps)| {
             Enforcer::cleanup(&host.pin_dir()).unwrap();
             let mut enforcer = Enforcer::open(&Options::new(host.pin_dir())).unwrap();
+            let services =
+                [false, true].map(|v6| ServiceAddress { ip: common::cluster::address(v6, 6), port: None });
             let views: Vec<ClusterView> = [view.policies.clone(), second, third]
                 .into_iter()
-                .map(|policies| ClusterView { policies, ..view.clone() })
+                .map(|policies| ClusterView { policies, services: services.into(), ..view.clone() })
                 .collect();
             let local = local(&view, devices);
             let compiled = |n: usize| compile(&views[n], &local, &Ranges::default());
@@ -314,6 +325,19 @@ fn compare_with_the_kernel(mut runner: TestRunner) -> BTreeSet<&'static str> {
                 seen.borrow_mut().insert(counted.reason);
                 prop_assert_eq!(counted.reason, expected.reason.name(), "step {} {:02x?}", n, frame);
                 prop_assert_eq!(passed, expected.reason.allows());
+                counters = after;
+                if to_pod || !passed {
+                    continue;
+                }
+                // What was let go to a Service leaves for a backend; here, for the same address.
+                let expected = simulation.judge_exit(ifindex, &frame).reason;
+                let passed = enforcer.test_run("exit_ethernet", 99, ifindex, &frame).unwrap();
+                prop_assert_eq!(passed, expected.allows(), "step {} leaves {:02x?}", n, frame);
+                let after = enforcer.counters().unwrap();
+                let counted = after.iter().find(|counter| !counters.contains(counter));
+                // Let go a second time, it is not counted a second time.
+                let denied = (!passed).then(|| expected.name());
+                prop_assert_eq!(counted.map(|counter| counter.reason), denied, "step {}", n);
                 counters = after;
             }
             Ok(())

@@ -3,6 +3,7 @@
 
 mod client;
 mod pki;
+mod proxy;
 
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::path::Path;
