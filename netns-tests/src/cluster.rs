@@ -56,6 +56,11 @@ impl<'h> Cluster<'h> {
         Self { host, addresses: addresses.to_vec() }
     }
 
+    /// Where it is reached.
+    pub fn addresses(&self) -> &[IpAddr] {
+        &self.addresses
+    }
+
     /// The host it is on.
     pub fn host(&self) -> &'h Host {
         self.host

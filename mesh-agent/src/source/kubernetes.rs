@@ -34,6 +34,7 @@ pub struct KubernetesSource {
     node_name: String,
     store: Store,
     requests: mpsc::Receiver<SyncRequest>,
+    kinds: Vec<Kind>,
 }
 
 impl std::fmt::Debug for KubernetesSource {
@@ -45,7 +46,14 @@ impl std::fmt::Debug for KubernetesSource {
 impl KubernetesSource {
     /// Over this connection. `node_name` is this node's, for overrides.
     pub fn new(client: Client, node_name: &str, store: Store) -> Self {
-        Self { client, node_name: node_name.to_owned(), requests: store.register_reader(), store }
+        let (node_name, requests) = (node_name.to_owned(), store.register_reader());
+        Self { client, node_name, requests, store, kinds: Kind::ALL.to_vec() }
+    }
+
+    /// Follows these kinds only: what the others would say does not count.
+    #[must_use]
+    pub fn following(self, kinds: &[Kind]) -> Self {
+        Self { kinds: kinds.to_vec(), ..self }
     }
 
     /// Listens, reports, for ever.
@@ -54,8 +62,7 @@ impl KubernetesSource {
         let (ask, asked) = watch::channel(0);
         let mut followers = self.followers(&tell, &asked);
         drop(tell);
-        let kinds = Kind::ALL;
-        let mut shelf = Shelf::new(&kinds);
+        let mut shelf = Shelf::new(&self.kinds);
         let mut due: Option<(Instant, Instant)> = None;
         let mut not_before = Instant::now();
         let mut waiting: Vec<SyncRequest> = Vec::new();
@@ -66,7 +73,7 @@ impl KubernetesSource {
                 biased;
                 Some(request) = self.requests.recv() => {
                     waiting.push(request);
-                    missing = kinds.to_vec();
+                    missing.clone_from(&self.kinds);
                     ask.send_modify(|count| *count += 1);
                 }
                 told = heard.recv() => {
@@ -107,19 +114,19 @@ impl KubernetesSource {
 
     fn followers(&self, tell: &mpsc::Sender<(Kind, Heard)>, asked: &watch::Receiver<u64>) -> JoinSet<()> {
         let mut followers = JoinSet::new();
-        let with = || (self.client.clone(), tell.clone(), asked.clone());
-        let (client, tell_of, asked_for) = with();
-        followers.spawn(follow::<item::MeshConfiguration>(client, tell_of, asked_for));
-        let (client, tell_of, asked_for) = with();
-        followers.spawn(follow::<item::Node>(client, tell_of, asked_for));
-        let (client, tell_of, asked_for) = with();
-        followers.spawn(follow::<item::Namespace>(client, tell_of, asked_for));
-        let (client, tell_of, asked_for) = with();
-        followers.spawn(follow::<item::Pod>(client, tell_of, asked_for));
-        let (client, tell_of, asked_for) = with();
-        followers.spawn(follow::<item::Service>(client, tell_of, asked_for));
-        let (client, tell_of, asked_for) = with();
-        followers.spawn(follow::<item::NetworkPolicy>(client, tell_of, asked_for));
+        for kind in &self.kinds {
+            let (client, tell, asked) = (self.client.clone(), tell.clone(), asked.clone());
+            match kind {
+                Kind::MeshConfiguration => {
+                    followers.spawn(follow::<item::MeshConfiguration>(client, tell, asked))
+                }
+                Kind::Node => followers.spawn(follow::<item::Node>(client, tell, asked)),
+                Kind::Namespace => followers.spawn(follow::<item::Namespace>(client, tell, asked)),
+                Kind::Pod => followers.spawn(follow::<item::Pod>(client, tell, asked)),
+                Kind::Service => followers.spawn(follow::<item::Service>(client, tell, asked)),
+                Kind::NetworkPolicy => followers.spawn(follow::<item::NetworkPolicy>(client, tell, asked)),
+            };
+        }
         followers
     }
 

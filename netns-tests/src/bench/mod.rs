@@ -12,6 +12,7 @@ pub mod peers;
 pub mod ping;
 pub mod record;
 pub mod report;
+pub mod scale;
 pub mod stats;
 pub mod tcp;
 pub mod udp;
@@ -44,6 +45,8 @@ pub enum Part {
     Ping,
     /// mesh-datapath with 1,000 peers
     Peers,
+    /// mesh-agent among 1,000 nodes and 20,000 pods, with a real API server
+    Scale,
 }
 
 /// How to measure.
@@ -70,6 +73,9 @@ pub struct Options {
     /// Only these parts
     #[arg(long, value_enum, value_delimiter = ',')]
     pub parts: Vec<Part>,
+    /// Nodes of the large cluster (part `scale`), besides the real one
+    #[arg(long, default_value_t = scale::Size::FULL.nodes)]
+    pub nodes: u32,
     /// Where everything goes as JSON
     #[arg(long, default_value = "target/bench.json")]
     pub json: PathBuf,
@@ -145,6 +151,9 @@ fn id(offer: Option<u32>) -> String {
 /// Measures, and tells. Nothing is left of it, however it ends.
 pub fn run(options: &Options, bins: &Bins) -> Result<()> {
     let start = Instant::now();
+    if options.parts == [Part::Scale] {
+        return run_scale(options, bins);
+    }
     let contestants = options.contestants();
     ensure!(!contestants.is_empty(), "no contestant is left");
     let lengths = options.lengths();
@@ -196,6 +205,16 @@ pub fn run(options: &Options, bins: &Bins) -> Result<()> {
     say!("{}", report::text(&record, &goals, &conditions));
     say!("\nAll of it: {}. It took {:.0} s.", options.json.display(), conditions.seconds);
     nothing_left(bins, &namespaces)
+}
+
+/// mesh-agent in a large cluster: no tunnel is measured, so nobody else takes part.
+fn run_scale(options: &Options, bins: &Bins) -> Result<()> {
+    let size = if options.quick { scale::Size::QUICK } else { scale::Size::FULL };
+    let size = scale::Size { nodes: options.nodes, with_pods: size.with_pods.min(options.nodes), ..size };
+    let found = scale::run(bins, size)?;
+    write_json(options, &serde_json::json!({ "size": size, "scale": found }))?;
+    say!("{}", scale::table::text(size, &found));
+    Ok(())
 }
 
 fn write_json(options: &Options, value: &serde_json::Value) -> Result<()> {
