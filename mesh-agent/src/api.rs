@@ -4,6 +4,7 @@
 //! Paths and bodies are in [`mesh_api::status`].
 
 mod health;
+mod ipam;
 mod keys;
 mod nodes;
 mod socket;
@@ -19,6 +20,8 @@ use axum::{Json, Router};
 use mesh_api::status::{ApiError, DenyEvent, PeerStatus, PolicyStatus, Status, Synced};
 use serde_json::{Value, json};
 
+use crate::cni::Server;
+use crate::ipam::pools::Pools;
 use crate::metrics::Metrics;
 use crate::reconcile::policy::events::DenyLog;
 use crate::status::Board;
@@ -42,13 +45,15 @@ pub struct Api {
     pub metrics: Arc<Metrics>,
     /// Where orders to change keys go.
     pub keys: Option<Arc<Keys>>,
+    /// Addresses of IPPools, and what this node's interfaces have of them.
+    pub pools: Option<(Arc<Pools>, Arc<Server>)>,
 }
 
 impl Api {
     /// `status.sock`: reads.
     pub fn reads(&self) -> Router {
         let forbidden = || post(|| async { refuse(StatusCode::FORBIDDEN, "only on control.sock") });
-        let writes = ["/v1/sync", "/v1/keys/rotate", "/v1/keys/rotate-all", nodes::TRUST];
+        let writes = ["/v1/sync", "/v1/keys/rotate", "/v1/keys/rotate-all", nodes::TRUST, ipam::RELEASE];
         writes
             .into_iter()
             .fold(self.routes(), |routes, path| routes.route(path, forbidden()))
@@ -61,6 +66,7 @@ impl Api {
             .route("/v1/sync", post(sync))
             .merge(keys::routes())
             .merge(nodes::routes())
+            .merge(ipam::writes())
             .with_state(self.clone())
     }
 
@@ -77,6 +83,7 @@ impl Api {
             .route("/v1/events", get(events))
             .route("/v1/keys", get(keys::show))
             .route("/v1/dump", get(dump))
+            .merge(ipam::reads())
             .merge(health::routes())
             .fallback(not_found)
             .method_not_allowed_fallback(not_allowed)

@@ -8,6 +8,7 @@
 mod attach;
 mod enforced;
 mod netns;
+mod pooled;
 mod ranges;
 mod refusal;
 pub mod serve;
@@ -17,13 +18,14 @@ mod wire;
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use mesh_api::cni::{Attachment, Command, Reply, Request};
 use mesh_api::status::Issue;
 use tokio::sync::Mutex as AsyncMutex;
 
+use crate::ipam::pools::Pools;
 use crate::ipam::{Ipam, Key, Lease, LiveLink, STRAY};
 use crate::reconcile::netlink::Netlink;
 use crate::status::Board;
@@ -60,6 +62,8 @@ pub struct Server {
     state_dir: PathBuf,
     /// `None` while the journal cannot be used, with the reason.
     ipam: AsyncMutex<Result<Ipam, String>>,
+    /// Where IPPools can be: an API server decides between nodes.
+    pools: OnceLock<Arc<Pools>>,
     /// Containers with a request under way.
     busy: Mutex<BTreeSet<Key>>,
     enforced_within: Duration,
@@ -141,9 +145,15 @@ impl Server {
             netlink,
             state_dir: state_dir.to_owned(),
             ipam: AsyncMutex::new(ipam),
+            pools: OnceLock::new(),
             busy: Mutex::new(BTreeSet::new()),
             enforced_within,
         })
+    }
+
+    /// From now on addresses come from IPPools where there are any. Said once, before anything is served.
+    pub fn use_pools(&self, pools: Arc<Pools>) {
+        let _ = self.pools.set(pools);
     }
 
     async fn open_ipam(
@@ -222,7 +232,13 @@ impl Server {
             tracing::warn!(interface, "cannot forget a deleted interface's policy: {error}");
         }
         match ipam.as_mut() {
-            Ok(ipam) => ipam.release(key).map(|_| ()).map_err(|error| Refusal::io(error.to_string())),
+            Ok(ipam) => {
+                ipam.release(key).map_err(|error| Refusal::io(error.to_string()))?;
+                if let Some(pools) = self.pools.get() {
+                    pools.changed();
+                }
+                Ok(())
+            }
             // The interface is gone; the journal, once it can be used, will see that.
             Err(_) => Ok(()),
         }
@@ -284,7 +300,13 @@ impl Server {
             return Err(Refusal::unavailable(EXTERNAL));
         }
         let seen = self.board.observed();
-        if seen.desired.pod_cidrs.is_empty() {
+        if snapshot.cluster.ipam.in_use {
+            let why =
+                self.pools.get().map_or(Some(mesh_ipam::IpamError::Unconfirmed), |pools| pools.held().1);
+            if let Some(why) = why {
+                return Err(Refusal::unavailable(why.to_string()));
+            }
+        } else if seen.desired.pod_cidrs.is_empty() {
             return Err(Refusal::unavailable(crate::ipam::IpamError::NoCidr.to_string()));
         }
         if let Some((name, _)) = seen.devices.iter().find(|(_, device)| device.device.is_none()) {
@@ -299,6 +321,10 @@ impl Server {
         let snapshot = self.store.current();
         let ipam = self.ipam.lock().await;
         let ipam = ipam.as_ref().ok()?;
+        if snapshot.cluster.ipam.in_use {
+            let held = self.pools.get().map_or(0, |pools| pools.held().0);
+            return Some((ipam.used(), u64::try_from(held.saturating_sub(ipam.used())).ok()));
+        }
         let mut everywhere = ranges(&snapshot, &self.board.observed().desired.pod_cidrs, None);
         // Our own pods are counted as leases.
         everywhere.taken = BTreeMap::new();

@@ -1,6 +1,7 @@
 //! The agent's own configuration file, `/etc/margay/agent.yaml`: what differs between hosts. What the whole
 //! mesh shares is in [`mesh`].
 
+pub mod ipam;
 pub mod kubernetes;
 pub mod mesh;
 pub mod node_status;

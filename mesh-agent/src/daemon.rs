@@ -31,6 +31,7 @@ use crate::api::{self, Api, Keys};
 use crate::cni;
 use crate::config::{AgentConfig, DatapathChoice};
 use crate::desired::Datapath;
+use crate::ipam::pools::Pools;
 use crate::kubernetes::{announce, client, condition, events as cluster_events, node_status};
 use crate::metrics::Metrics;
 use crate::observe::{self, Observer};
@@ -121,6 +122,15 @@ pub async fn run(config: AgentConfig) -> Result<()> {
     reconcilers.push(Box::new(PolicyReconciler::new(engine.clone(), board.clone(), netlink.clone())));
     let cni_server =
         cni::Server::open(state.root(), store.clone(), board.clone(), engine.clone(), connect()?).await;
+    let pools = match &client {
+        Some(client) => {
+            let (client, store, board) = (client.clone(), store.clone(), board.clone());
+            let pools = Pools::open(&state, &config.node_name, client, store, board)?;
+            cni_server.use_pools(pools.clone());
+            Some((pools, cni_server.clone()))
+        }
+        None => None,
+    };
     let denied = DenyLog::default();
 
     let (plans, to_runner) = watch::channel(Arc::default());
@@ -161,7 +171,14 @@ pub async fn run(config: AgentConfig) -> Result<()> {
     let metrics = Arc::new(Metrics { engine: Some(engine.clone()), cni: Some(cni_server.clone()) });
     let manifests = client.is_none().then(|| config.manifests.clone());
     let keys = Some(Arc::new(Keys::new(orders, manifests)));
-    let api = Api { board: board.clone(), store: store.clone(), denied: denied.clone(), metrics, keys };
+    let api = Api {
+        board: board.clone(),
+        store: store.clone(),
+        denied: denied.clone(),
+        metrics,
+        keys,
+        pools: pools.clone(),
+    };
 
     let mut tasks = Tasks::default();
     tasks.spawn("kernel event listener", kernel_events::follow(wake.clone()).context("rtnetlink events")?);
@@ -179,6 +196,9 @@ pub async fn run(config: AgentConfig) -> Result<()> {
     tasks.spawn("planner", planner.run());
     tasks.spawn("rotator", rotator.run(to_obey));
     tasks.spawn("runner", runner.run(to_runner, wake));
+    if let Some((pools, server)) = pools {
+        tasks.spawn("allocator of IPPools", pools.run(server));
+    }
     tasks.spawn("CNI server", cni::serve::serve(cni_server, cni_socket, stop.clone()));
     tasks.spawn("API server", serve_api(api, config.clone(), stop.clone()));
     // Without deny events everything else still works: its end is not the daemon's.

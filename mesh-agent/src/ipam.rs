@@ -11,8 +11,11 @@
 //! * A lease without an interface has no pod: its ADD never ended, or the host rebooted. It is released.
 
 pub mod allocator;
+pub mod holdings;
 pub mod journal;
+pub mod known;
 mod lease;
+pub mod pools;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -155,6 +158,16 @@ impl Ipam {
     /// Interfaces that no lease knows.
     pub fn strays(&self) -> impl Iterator<Item = &String> {
         self.strays.keys()
+    }
+
+    /// Interfaces that no lease knows, with the addresses they say they have.
+    pub fn stray_links(&self) -> impl Iterator<Item = (&String, &[IpAddr])> {
+        self.strays.iter().map(|(name, ips)| (name, ips.as_deref().unwrap_or_default()))
+    }
+
+    /// Addresses given back, the longest free first.
+    pub fn freed(&self) -> impl Iterator<Item = IpAddr> {
+        self.allocator.freed()
     }
 
     /// All leases.

@@ -1,6 +1,7 @@
 //! What the agent says to an API server. What it hears from one is [`crate::source::kubernetes`].
 
 pub mod announce;
+pub mod blocks;
 pub mod client;
 pub mod condition;
 pub mod events;

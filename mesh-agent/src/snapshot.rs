@@ -1,8 +1,11 @@
 //! Everything the sources know at one moment. The only input of [`crate::plan`].
 
+pub mod ipam;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::time::Duration;
 
 use ipnet::IpNet;
 use keyservice::rotation::{Settings, State};
@@ -59,6 +62,8 @@ pub struct Cluster {
     pub services: BTreeMap<ObjectRef, Service>,
     /// NetworkPolicies, in the policy engine's own model; a broken one is there too, failing closed.
     pub policies: BTreeMap<ObjectRef, ebpf_policy::model::NetworkPolicy>,
+    /// Pod addresses from IPPools.
+    pub ipam: ipam::Ipam,
     /// What could not be read or was refused, by object and field.
     pub issues: Vec<Issue>,
 }
@@ -101,6 +106,8 @@ pub struct Pod {
     pub terminating: bool,
     /// Declared container ports (native-sidecar init containers' too): (name, number, protocol).
     pub ports: Vec<(String, u16, String)>,
+    /// The IPPools it asks for by annotation, IPv4's and IPv6's, by name or prefix; the first with an address left counts.
+    pub pools: Option<Box<[Vec<String>; 2]>>,
 }
 
 /// A Service object, as far as it changes packets' destinations.
@@ -154,6 +161,8 @@ pub struct Local {
     pub pod_cidrs: Vec<IpNet>,
     /// Configured endpoint candidates to announce, best first; empty for the node's own addresses.
     pub endpoints: Vec<SocketAddr>,
+    /// With IPPools: its own ends of the tunnel.
+    pub tunnel_addresses: Vec<IpAddr>,
     /// Addresses configured on this host outside the mesh (no loopback, no link-local, none of ours).
     pub addresses: Vec<IpAddr>,
 }
@@ -207,6 +216,8 @@ pub struct MeshSpec {
     pub first_use: bool,
     /// When keys change.
     pub rotation: Settings,
+    /// After how long what a node had that is gone may be given to others.
+    pub reclaim_after: Duration,
 }
 
 impl Default for MeshSpec {
@@ -222,6 +233,7 @@ impl Default for MeshSpec {
             masquerade_exceptions: Vec::new(),
             first_use: false,
             rotation: crate::config::rotation::RotationSpec::default().settings(0),
+            reclaim_after: crate::config::ipam::IpamSpec::default().reclaim_after(),
         }
     }
 }

@@ -61,6 +61,16 @@ impl StateDir {
         self.root.join("announcement-key")
     }
 
+    /// Which addresses of IPPools are this node's.
+    pub fn ipam_holdings(&self) -> PathBuf {
+        self.root.join("ipam-holdings.json")
+    }
+
+    /// Which machine of this node's name it is.
+    pub fn ipam_instance(&self) -> PathBuf {
+        self.root.join("ipam-instance")
+    }
+
     /// Where peers were last heard from.
     pub fn learned(&self) -> PathBuf {
         self.root.join("learned-endpoints.json")

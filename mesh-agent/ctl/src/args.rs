@@ -7,7 +7,8 @@ use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 
 const EXIT_CODES: &str = "Exit codes:
   0  the answer is printed; with --check, the mesh is healthy
-  1  with --check: a peer is down, a device is not up, a reconciler fails or there is an issue; else a failure
+  1  with --check: a peer is down, a device is not up, a reconciler fails or there is an issue;
+     ipam check: there is a finding; else a failure
   2  the command line is wrong
   3  the agent is not there or does not answer
   4  permission to its socket is refused
@@ -84,6 +85,11 @@ pub(crate) enum Command {
     /// Whose announcements are believed
     #[command(subcommand)]
     Nodes(Nodes),
+    /// Pod addresses from IPPools: how much of what is in use
+    Ipam {
+        #[command(subcommand)]
+        command: Option<Ipam>,
+    },
     /// Packets that policy dropped, newest last
     Events {
         /// Go on printing new ones
@@ -118,6 +124,24 @@ pub(crate) enum Nodes {
     Trust {
         /// The node
         name: String,
+    },
+}
+
+/// `meshctl ipam …`
+#[derive(Debug, Clone, Subcommand)]
+pub(crate) enum Ipam {
+    /// What is printed without a command
+    Show {
+        /// Also every block
+        #[arg(long)]
+        blocks: bool,
+    },
+    /// What does not fit together: leaked, given twice, outside of pools, in no block; exits with 1 if anything
+    Check,
+    /// Free an address that nobody uses, without waiting until the agents do
+    Release {
+        /// The address
+        ip: std::net::IpAddr,
     },
 }
 

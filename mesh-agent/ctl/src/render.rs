@@ -1,6 +1,7 @@
 //! Answers as tables: pure functions from an answer to text.
 
 pub(crate) mod events;
+pub(crate) mod ipam;
 pub(crate) mod keys;
 pub(crate) mod peers;
 pub(crate) mod policies;

@@ -4,11 +4,12 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use mesh_api::defaults;
+use mesh_api::ipam::{Check, Released, Usage};
 use mesh_api::status::{
     DenyEvent, Ordered, PeerState, PeerStatus, PolicyStatus, RotationStatus, Status, Synced, Trusted,
 };
 
-use crate::args::{Args, Command, Format, Global, Keys, Nodes, Policy};
+use crate::args::{Args, Command, Format, Global, Ipam, Keys, Nodes, Policy};
 use crate::client::{Client, ClientError};
 use crate::{output, render};
 
@@ -34,8 +35,12 @@ pub(crate) async fn run(args: Args) -> u8 {
         };
         // A watch outlives a restart of the agent.
         // An order is given once.
-        let repeats =
-            !matches!(args.command, Command::Keys { command: Some(Keys::Rotate { .. }) } | Command::Nodes(_));
+        let repeats = !matches!(
+            args.command,
+            Command::Keys { command: Some(Keys::Rotate { .. }) }
+                | Command::Ipam { command: Some(Ipam::Release { .. }) }
+                | Command::Nodes(_)
+        );
         match args.global.watch.filter(|_| repeats) {
             Some(interval) => tokio::time::sleep(interval).await,
             None => return code,
@@ -109,6 +114,7 @@ async fn once(client: &Client, global: &Global, command: &Command) -> anyhow::Re
                 )
             })?;
         }
+        Command::Ipam { command } => return ipam(client, format, command.as_ref()).await,
         Command::Events { follow } => events(client, global, *follow).await?,
         Command::Dump => {
             let dump: serde_json::Value = client.get("/v1/dump").await?;
@@ -117,6 +123,26 @@ async fn once(client: &Client, global: &Global, command: &Command) -> anyhow::Re
         Command::Sync => sync(client, global).await?,
         // Done before anybody is asked.
         Command::Install(_) => {}
+    }
+    Ok(0)
+}
+
+async fn ipam(client: &Client, format: Format, command: Option<&Ipam>) -> anyhow::Result<u8> {
+    match command {
+        None | Some(Ipam::Show { .. }) => {
+            let blocks = matches!(command, Some(Ipam::Show { blocks: true }));
+            let usage: Usage = client.get("/v1/ipam").await?;
+            output::print(format, &usage, |usage| render::ipam::usage(usage, blocks))?;
+        }
+        Some(Ipam::Check) => {
+            let check: Check = client.get("/v1/ipam/check").await?;
+            output::print(format, &check, render::ipam::check)?;
+            return Ok(if check.findings.is_empty() { 0 } else { EXIT_TROUBLE });
+        }
+        Some(Ipam::Release { ip }) => {
+            let released: Released = client.post(&format!("/v1/ipam/release?ip={ip}")).await?;
+            output::print(format, &released, render::ipam::released)?;
+        }
     }
     Ok(0)
 }

@@ -114,7 +114,7 @@ impl Block {
     pub fn decode(object: &str, spec: &Value) -> Result<Self, Box<Issue>> {
         let wrong = |field: &str, message: String| {
             Box::new(Issue {
-                object: format!("IPBlock {object}"),
+                object: format!("IPBlock/{object}"),
                 field: field.to_owned(),
                 reason: "InvalidField".to_owned(),
                 message,

@@ -220,7 +220,7 @@ type Wrong = (String, String);
 
 fn issue(kind: &str, name: &str, (field, message): Wrong) -> Issue {
     let reason = if message.contains(OVERLAPS) { "PoolOverlap" } else { "InvalidField" };
-    Issue { object: format!("{kind} {name}"), field, reason: reason.to_owned(), message }
+    Issue { object: format!("{kind}/{name}"), field, reason: reason.to_owned(), message }
 }
 
 const OVERLAPS: &str = " overlaps IPPool ";

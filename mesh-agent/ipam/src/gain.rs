@@ -99,6 +99,10 @@ impl<L: Ledger> NodeAllocator<L> {
                 return Ok(0);
             }
             block.allocations.extend(fresh.iter().map(|ip| (*ip, self.entry(None))));
+            if !ips.is_empty() {
+                // A late write of ours may still be about to take them out: let it meet a changed object.
+                block.renewals = block.renewals.wrapping_add(1);
+            }
             if block.affinity.is_none() && pool.node_selector.matches(site.labels) {
                 block.affinity = Some(self.identity.node.clone());
             }
@@ -212,7 +216,9 @@ impl<L: Ledger> NodeAllocator<L> {
                             return Err(IpamError::NotLent(ip, owner));
                         }
                         block.affinity = block.affinity.or(affinity.clone());
-                        block.allocations.insert(ip, entry.clone());
+                        if block.allocations.insert(ip, entry.clone()).is_some() {
+                            block.renewals = block.renewals.wrapping_add(1);
+                        }
                         store.update(&block, &stored.version).await.map(|stored| stored.block.cidr)
                     }
                 },

@@ -142,7 +142,7 @@ impl<L: Ledger> NodeAllocator<L> {
             let got = self.gain(store, site, &pools, wanted, false, local).await?;
             if ready + got < self.settings.low {
                 issues.push(Issue {
-                    object: pools.iter().map(|p| format!("IPPool {}", p.name)).collect::<Vec<_>>().join(", "),
+                    object: pools.iter().map(|p| format!("IPPool/{}", p.name)).collect::<Vec<_>>().join(", "),
                     field: "spec.cidr".to_owned(),
                     reason: EXHAUSTED.to_owned(),
                     message: format!(
@@ -260,7 +260,9 @@ impl<L: Ledger> NodeAllocator<L> {
             }
         }
         let ours = |block: &Block| block.allocations.values().any(|entry| self.is_own(entry));
-        if renew && (ours(block) || ours(&out.block)) {
+        // What is adopted without having been asked for just now may be on its way out: a write of ours of before whose
+        // answer never came. Written again, the object is another one to it.
+        if (renew && (ours(block) || ours(&out.block))) || !out.adopt.is_empty() {
             out.block.renewals = block.renewals.wrapping_add(1);
         }
         out
@@ -329,7 +331,7 @@ impl<L: Ledger> NodeAllocator<L> {
 
 fn refused(block: &Block, message: String) -> Issue {
     Issue {
-        object: format!("IPBlock {}", block.name()),
+        object: format!("IPBlock/{}", block.name()),
         field: "spec".to_owned(),
         reason: "IpamWriteRefused".to_owned(),
         message,

@@ -111,6 +111,11 @@ impl<L: Ledger> NodeAllocator<L> {
         Self { identity, settings, holdings, ledger, affine: BTreeSet::new() }
     }
 
+    /// Behaves like this from now on.
+    pub fn set_settings(&mut self, settings: Settings) {
+        self.settings = settings;
+    }
+
     /// Who we are.
     pub fn identity(&self) -> &Identity {
         &self.identity

@@ -14,7 +14,8 @@ fn the_committed_resource_definitions_are_the_codes() {
     for (plural, definition) in definitions() {
         let generated =
             format!("# Generated from the Rust types.\n{}", serde_saphyr::to_string(&definition).unwrap());
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("crds/margay.io_{plural}.yaml"));
+        let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join(format!("../../manifests/components/ipam/margay.io_{plural}.yaml"));
         if std::env::var_os("MARGAY_UPDATE").is_some() {
             fs::write(&path, &generated).unwrap();
         }

@@ -328,7 +328,7 @@ fn a_block_nobody_understands_is_left_alone_and_stops_no_other() {
     let odd = json!({"cidr": "10.0.0.0/29", "affinity": "a", "fromTheFuture": true});
     memory.put(&name, odd);
     let issues = node.maintain(&memory).unwrap();
-    assert!(issues.iter().any(|issue| issue.object == format!("IPBlock {name}")), "{issues:?}");
+    assert!(issues.iter().any(|issue| issue.object == format!("IPBlock/{name}")), "{issues:?}");
     // The other block serves.
     let given = node.add(&memory, &Ask::default()).unwrap()[0];
     assert!(block(&memory, &memory.blocks()[0].block.cidr.to_string()).cidr.contains(&given));

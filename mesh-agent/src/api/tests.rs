@@ -26,6 +26,7 @@ async fn served(metrics: &str) -> Served {
         denied: DenyLog::default(),
         metrics: Arc::new(Metrics::default()),
         keys: None,
+        pools: None,
     };
     let run_dir = directory.path().to_owned();
     let (metrics, ended) = (metrics.to_owned(), cancel.clone());

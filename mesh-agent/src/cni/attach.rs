@@ -64,15 +64,25 @@ impl Server {
     }
 
     async fn lease(&self, ask: &Ask) -> Result<Lease, Refusal> {
+        if self.store.current().cluster.ipam.in_use {
+            return self.lease_of_pools(ask).await;
+        }
         let cidrs = &self.board.observed().desired.pod_cidrs;
         let ranges = ranges(&self.store.current(), cidrs, Some(&ask.pod));
+        self.see_strays().await?;
+        let mut ipam = self.ipam.lock().await;
+        let ipam = ipam.as_mut().map_err(|error| Refusal::unavailable(error.clone()))?;
+        Ok(ipam.allocate(ask, &ranges)?)
+    }
+
+    /// Interfaces that nobody knew may have gone since.
+    pub(super) async fn see_strays(&self) -> Result<(), Refusal> {
         let mut ipam = self.ipam.lock().await;
         let ipam = ipam.as_mut().map_err(|error| Refusal::unavailable(error.clone()))?;
         if ipam.strays().next().is_some() {
-            // Some may have gone since.
             ipam.set_live(&veth::own(&self.netlink).await?);
         }
-        Ok(ipam.allocate(ask, &ranges)?)
+        Ok(())
     }
 
     /// Closed before up, up before it has addresses.

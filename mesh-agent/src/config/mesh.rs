@@ -9,6 +9,7 @@ use kube::CustomResource;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::ipam::IpamSpec;
 use super::rotation::RotationSpec;
 use crate::snapshot::{Labels, MeshSpec};
 use crate::source::decode::problem::Problems;
@@ -74,6 +75,9 @@ pub struct MeshConfigurationSpec {
     /// When keys change, the same on every node.
     #[serde(default)]
     pub rotation: RotationSpec,
+    /// Pod addresses from IPPools.
+    #[serde(default)]
+    pub ipam: IpamSpec,
     /// What differs on some nodes. Of several that select a node the later wins, field by field.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub overrides: Vec<Override>,
@@ -206,6 +210,7 @@ impl MeshConfigurationSpec {
         check_port(self.listen_port, "listenPort", &mut errors);
         check_masquerade(&self.masquerade, "masquerade", &mut errors);
         self.rotation.check(self.rotation_epoch, &mut errors);
+        self.ipam.check(&mut errors);
         for (index, entry) in self.overrides.iter().enumerate() {
             let field = format!("overrides[{index}]");
             let mut problems = Problems::default();
@@ -235,6 +240,7 @@ impl MeshConfigurationSpec {
             listen_port: self.listen_port,
             persistent_keepalive: self.persistent_keepalive,
             rotation: self.rotation.settings(self.rotation_epoch),
+            reclaim_after: self.ipam.reclaim_after(),
             ..MeshSpec::default()
         };
         let mut masquerade = &self.masquerade;

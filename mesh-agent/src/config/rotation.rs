@@ -82,7 +82,7 @@ impl RotationSpec {
     }
 }
 
-fn within(text: &str, range: &RangeInclusive<Duration>) -> Result<Duration, String> {
+pub(super) fn within(text: &str, range: &RangeInclusive<Duration>) -> Result<Duration, String> {
     let value = parse(text)?;
     match range.contains(&value) {
         true => Ok(value),
@@ -91,7 +91,7 @@ fn within(text: &str, range: &RangeInclusive<Duration>) -> Result<Duration, Stri
 }
 
 /// Of `h`, `m`, `s` and `ms`, as Go's `time.ParseDuration` reads it, without a sign.
-fn parse(text: &str) -> Result<Duration, String> {
+pub(super) fn parse(text: &str) -> Result<Duration, String> {
     // Nine digits of anything cannot overflow, which the library would not survive.
     const DIGITS: usize = 9;
     let bad = || format!("{text:?} is no duration such as 30s, 24h or 1h30m");

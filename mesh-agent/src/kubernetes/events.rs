@@ -52,6 +52,9 @@ impl<'a> Regarding<'a> {
         match parts.as_slice() {
             ["Node", name] => of("v1", "Node", "", name),
             ["Namespace", name] => of("v1", "Namespace", "", name),
+            [kind @ ("IPPool" | "IPReservation" | "IPBlock"), name] => {
+                of("margay.io/v1alpha1", kind, "", name)
+            }
             ["MeshConfiguration", name] => of("margay.io/v1alpha1", "MeshConfiguration", "", name),
             ["Pod", namespace, name] => of("v1", "Pod", namespace, name),
             ["NetworkPolicy", namespace, name] => {

@@ -80,6 +80,15 @@ impl Addresses {
                 out.exceptions.entry(peer.name.clone()).or_default().insert(ip);
             }
         }
+        // What a node took of another's block, ahead of the pod's object that will say so.
+        for block in snapshot.cluster.ipam.counting().filter(|_| snapshot.cluster.ipam.in_use) {
+            for (ip, name) in block.guests.iter().filter(|(_, name)| members.peers.contains_key(*name)) {
+                let of_another = |(peer, ips): (&String, &BTreeSet<IpAddr>)| peer != name && ips.contains(ip);
+                if !out.exceptions.iter().any(of_another) {
+                    out.exceptions.entry(name.clone()).or_default().insert(*ip);
+                }
+            }
+        }
         out
     }
 }
@@ -92,6 +101,14 @@ fn nodes<'a>(snapshot: &'a Snapshot, members: &'a Members) -> BTreeMap<IpAddr, H
         for ip in node.internal_ips.iter().chain(&node.external_ips) {
             held.entry(*ip).or_insert(Holder::Node(name));
         }
+    }
+    if snapshot.cluster.ipam.in_use {
+        let blocks = snapshot.cluster.ipam.counting().flat_map(|block| &block.tunnels);
+        let own = members.own.tunnel_addresses.iter().map(|ip| (ip, own_name));
+        for (ip, name) in blocks.map(|(ip, name)| (ip, name.as_str())).chain(own) {
+            held.entry(*ip).or_insert(Holder::Tunnel(name));
+        }
+        return held;
     }
     let prefixes = |name: &'a str, prefixes: &'a [IpNet]| prefixes.iter().map(move |prefix| (name, prefix));
     let peers = members.peers.values().flat_map(|peer| prefixes(&peer.name, &peer.pod_cidrs));

@@ -48,7 +48,11 @@ fn valid(snapshot: &Snapshot, slots: &[&Slot], issues: &mut Vec<Issue>) -> Optio
         keys: slots.iter().map(claim).collect(),
         endpoints: endpoints(snapshot, newest),
         capabilities: BTreeSet::from([CAPABILITY.to_owned()]),
-        pod_cidrs: if snapshot.cluster.mesh.external { Vec::new() } else { local.pod_cidrs.clone() },
+        pod_cidrs: if snapshot.cluster.mesh.external || snapshot.cluster.ipam.in_use {
+            Vec::new()
+        } else {
+            local.pod_cidrs.clone()
+        },
         signature: None,
     };
     match announcement.validate() {

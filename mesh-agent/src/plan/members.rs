@@ -30,7 +30,8 @@ impl Members {
     ) -> Self {
         let local = &snapshot.local;
         let cluster = &snapshot.cluster;
-        let external = cluster.mesh.external;
+        // Whose prefixes are not the nodes' own to say: another plugin's, or of blocks.
+        let foreign = cluster.mesh.external || cluster.ipam.in_use;
         let own_keys: Vec<_> = local.keys().collect();
         let is_ours = |key: &KeyClaim| {
             own_keys.contains(&key.public_key) || local.former_keys.contains(&key.public_key)
@@ -41,13 +42,13 @@ impl Members {
         let mut claim = |mut announcement: Announcement, authority: Authority| {
             // Before anything is taken from it.
             let signer = first_use.then(|| announcement.signer(authority.uid.as_deref())).flatten();
-            if external {
+            if foreign {
                 announcement.pod_cidrs.clear();
             }
             claims.push(Claim { announcement, authority, signer });
         };
         for (name, node) in &cluster.nodes {
-            let authority = authority(node, external);
+            let authority = authority(node, foreign);
             match Announcement::from_annotations(name, &node.annotations) {
                 // What we have just said of ourselves is newer than what came back.
                 Ok(Some(said)) if *name == local.node_name && said.keys.iter().all(is_ours) => {}
@@ -72,7 +73,7 @@ impl Members {
         let own_node = cluster.nodes.get(&local.node_name);
         if let Some(announcement) = announced {
             silent.remove(&local.node_name);
-            let authority = own_node.map(|node| authority(node, external)).unwrap_or_default();
+            let authority = own_node.map(|node| authority(node, foreign)).unwrap_or_default();
             claims.push(Claim { announcement: announcement.clone(), authority, signer: None });
         }
         let rules = Rules {
@@ -85,10 +86,18 @@ impl Members {
         };
         let admission = admit(&claims, &local.incumbents, &rules);
         issues.extend(admission.refused.iter().chain(&admission.notices).map(of_refusal));
-        let own = own(admission.own.as_ref(), own_node);
+        let mut own = own(admission.own.as_ref(), own_node);
+        let blocks = |name: &str| cluster.ipam.routed_to(name).collect::<Vec<_>>();
+        if cluster.ipam.in_use && admission.own.is_some() {
+            own.pod_cidrs = blocks(&local.node_name);
+            own.tunnel_addresses.clone_from(&local.tunnel_addresses);
+        }
         about_own(snapshot, own_node, &own, issues);
-        let peers =
+        let mut peers: BTreeMap<String, Admitted> =
             admission.admitted.into_iter().map(|admitted| (admitted.name.clone(), admitted)).collect();
+        if cluster.ipam.in_use {
+            peers.values_mut().for_each(|peer| peer.pod_cidrs = blocks(&peer.name));
+        }
         Self { own, peers, incumbents: admission.incumbents }
     }
 }
@@ -127,11 +136,11 @@ fn before_change(
     Some((before, issue(format!("Node/{name}"), ANNOTATION_SIGNATURE, reason, message)))
 }
 
-/// With an `external` pod network a node's prefixes say nothing: its pods do.
-fn authority(node: &Node, external: bool) -> Authority {
+/// Where prefixes are `foreign` a node's own say nothing: its pods do, or its blocks.
+fn authority(node: &Node, foreign: bool) -> Authority {
     Authority {
         uid: node.uid.clone(),
-        pod_cidrs: if external { Vec::new() } else { node.pod_cidrs.clone() },
+        pod_cidrs: if foreign { Vec::new() } else { node.pod_cidrs.clone() },
         addresses: node.internal_ips.iter().chain(&node.external_ips).copied().collect(),
     }
 }
@@ -164,7 +173,7 @@ fn about_own(snapshot: &Snapshot, node: Option<&Node>, own: &Own, issues: &mut V
     if snapshot.local.rotation.slots.is_empty() {
         issues.push(issue(object.clone(), "", "NoKey", "this node has no key, so it has no tunnels"));
     }
-    if own.pod_cidrs.is_empty() && !mesh.external {
+    if own.pod_cidrs.is_empty() && !mesh.external && !snapshot.cluster.ipam.in_use {
         let message = "this node has no pod prefix, so its pods get no addresses of their own accord";
         issues.push(issue(object, "spec.podCIDRs", "NoPrefix", message));
     }

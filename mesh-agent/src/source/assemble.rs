@@ -1,6 +1,8 @@
 //! From objects one by one to the [`Cluster`]: duplicates, the nodes' own announcements, implied namespaces
 //! and the part of the MeshConfiguration that is this node's.
 
+mod ipam;
+
 use std::collections::BTreeMap;
 
 use mesh_api::status::Issue;
@@ -72,6 +74,8 @@ struct Assembly<'a> {
     /// What nodes say of themselves, and said before.
     announcements: BTreeMap<&'a str, (Labels, Labels)>,
     issues: Vec<Issue>,
+    /// A Node or Pod cannot be read.
+    incomplete: bool,
     count: usize,
 }
 
@@ -103,7 +107,10 @@ impl<'a> Assembly<'a> {
     }
 
     fn object(&mut self, decoded: &'a Decoded, place: &'a str) {
-        let Some(object) = &decoded.object else { return };
+        let Some(object) = &decoded.object else {
+            self.incomplete |= matches!(decoded.key.kind, Kind::Node | Kind::Pod);
+            return;
+        };
         if let Some((_, first)) = self.objects.get(&decoded.key) {
             let message = format!("{place}: {first} has this object too, and counts");
             return self.issue(decoded.key.to_string(), "", "DuplicateObject", message);
@@ -146,6 +153,7 @@ impl<'a> Assembly<'a> {
     fn finish(mut self, own_name: &str) -> (Cluster, usize) {
         let mut cluster = Cluster::default();
         let mut mesh = None;
+        let mut ipam = ipam::Parts { incomplete: self.incomplete, ..ipam::Parts::default() };
         for (key, (object, _)) in std::mem::take(&mut self.objects) {
             match object {
                 Object::Mesh(spec) => mesh = Some(spec),
@@ -161,6 +169,9 @@ impl<'a> Assembly<'a> {
                 Object::Service(service) => {
                     cluster.services.insert(key.reference(), service.clone());
                 }
+                Object::Pool(pool) => ipam.pools.push(pool.clone()),
+                Object::Reservation(reservation) => ipam.reservations.push(reservation.clone()),
+                Object::Block(block) => ipam.blocks.push((**block).clone()),
                 Object::Policy(policy) => {
                     cluster.policies.insert(key.reference(), policy.clone());
                 }
@@ -182,6 +193,7 @@ impl<'a> Assembly<'a> {
             let labels = cluster.nodes.get(own_name).map_or(&nobody, |node| &node.labels);
             cluster.mesh = spec.for_node(labels);
         }
+        self.issues.extend(ipam.finish(&mut cluster));
         if self.issues.len() > MAX_ISSUES {
             let more = self.issues.len() - MAX_ISSUES;
             self.issues.truncate(MAX_ISSUES);

@@ -3,6 +3,7 @@
 
 pub mod cidr;
 mod culprit;
+pub mod ipam;
 pub mod mesh;
 pub mod meta;
 pub mod namespace;
@@ -19,13 +20,16 @@ mod unknown;
 use std::fmt;
 
 use ebpf_policy::model;
+use ipnet::IpNet;
 use k8s_openapi::api::{core, networking};
+use mesh_ipam::catalogue;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::config::mesh::{MeshConfiguration, MeshConfigurationSpec};
 use crate::names;
+use crate::snapshot::ipam::BlockView;
 use crate::snapshot::{Labels, Node, ObjectRef, Pod, Service};
 use problem::Problems;
 
@@ -44,12 +48,27 @@ pub enum Kind {
     Service,
     /// networking.k8s.io/v1.
     NetworkPolicy,
+    /// margay.io/v1alpha1, of an API server only.
+    IpPool,
+    /// margay.io/v1alpha1, of an API server only.
+    IpReservation,
+    /// margay.io/v1alpha1, of an API server only.
+    IpBlock,
 }
 
 impl Kind {
     /// Every kind.
-    pub const ALL: [Self; 6] =
-        [Self::MeshConfiguration, Self::Node, Self::Namespace, Self::Pod, Self::Service, Self::NetworkPolicy];
+    pub const ALL: [Self; 9] = [
+        Self::MeshConfiguration,
+        Self::Node,
+        Self::Namespace,
+        Self::Pod,
+        Self::Service,
+        Self::NetworkPolicy,
+        Self::IpPool,
+        Self::IpReservation,
+        Self::IpBlock,
+    ];
 
     /// As written in `kind:`.
     pub const fn name(self) -> &'static str {
@@ -60,13 +79,18 @@ impl Kind {
             Self::Pod => "Pod",
             Self::Service => "Service",
             Self::NetworkPolicy => "NetworkPolicy",
+            Self::IpPool => "IPPool",
+            Self::IpReservation => "IPReservation",
+            Self::IpBlock => "IPBlock",
         }
     }
 
     /// As written in `apiVersion:`.
     pub const fn api_version(self) -> &'static str {
         match self {
-            Self::MeshConfiguration => "margay.io/v1alpha1",
+            Self::MeshConfiguration | Self::IpPool | Self::IpReservation | Self::IpBlock => {
+                "margay.io/v1alpha1"
+            }
             Self::Node | Self::Namespace | Self::Pod | Self::Service => "v1",
             Self::NetworkPolicy => "networking.k8s.io/v1",
         }
@@ -81,7 +105,16 @@ impl Kind {
             Self::Pod => "pods",
             Self::Service => "services",
             Self::NetworkPolicy => "networkpolicies",
+            Self::IpPool => "ippools",
+            Self::IpReservation => "ipreservations",
+            Self::IpBlock => "ipblocks",
         }
+    }
+
+    /// What an API server need not have: where it has no such kind there are no such objects. A directory of manifests
+    /// has none, for nobody in it decides between two nodes.
+    pub const fn is_optional(self) -> bool {
+        matches!(self, Self::IpPool | Self::IpReservation | Self::IpBlock)
     }
 
     const fn namespaced(self) -> bool {
@@ -98,6 +131,9 @@ impl Kind {
             known.name() == kind && (group(known.api_version()) == given || old)
         });
         match ours {
+            Some(known) if known.is_optional() => {
+                Err(format!("{kind} is read from an API server only: here addresses are of spec.podCIDRs"))
+            }
             Some(known) if known.api_version() == api_version => Ok(Some(known)),
             Some(known) => Err(format!("{kind} is read as {}, not as {api_version:?}", known.api_version())),
             None if given == "margay.io" => Err(format!("{api_version} has no kind {kind}")),
@@ -148,6 +184,12 @@ pub enum Object {
     Service(Service),
     /// A NetworkPolicy, perhaps failing closed.
     Policy(model::NetworkPolicy),
+    /// An IPPool, not yet judged.
+    Pool(catalogue::Object),
+    /// An IPReservation, not yet judged.
+    Reservation(catalogue::Object),
+    /// An IPBlock.
+    Block(Box<(IpNet, BlockView)>),
 }
 
 /// What became of one manifest.
@@ -203,6 +245,9 @@ fn decode_from(kind: Kind, value: &Value, told: bool) -> Decoded {
         }
         Kind::Service => typed(value, told, problems)
             .map(|service: core::v1::Service| Object::Service(service::decode(&service, problems))),
+        Kind::IpPool => Some(Object::Pool(ipam::catalogued(&key.name, value))),
+        Kind::IpReservation => Some(Object::Reservation(ipam::catalogued(&key.name, value))),
+        Kind::IpBlock => ipam::block(&key.name, value, problems).map(|block| Object::Block(Box::new(block))),
         Kind::NetworkPolicy => {
             let typed = typed::<networking::v1::NetworkPolicy>(value, told, problems);
             // Dropping a field would widen a rule (`- form: […]` for `from` admits everyone), and `kubectl apply`

@@ -125,6 +125,9 @@ impl KubernetesSource {
                 Kind::Pod => followers.spawn(follow::<item::Pod>(client, tell, asked)),
                 Kind::Service => followers.spawn(follow::<item::Service>(client, tell, asked)),
                 Kind::NetworkPolicy => followers.spawn(follow::<item::NetworkPolicy>(client, tell, asked)),
+                Kind::IpPool => followers.spawn(follow::<item::IpPool>(client, tell, asked)),
+                Kind::IpReservation => followers.spawn(follow::<item::IpReservation>(client, tell, asked)),
+                Kind::IpBlock => followers.spawn(follow::<item::IpBlock>(client, tell, asked)),
             };
         }
         followers

@@ -10,18 +10,23 @@ use crate::spec::API_SERVER;
 use crate::wait;
 
 /// The definitions of our kinds, as the project ships them.
-const DEFINITIONS: [&str; 2] = [
+const DEFINITIONS: [&str; 5] = [
     include_str!("../../../manifests/crds/margay.io_meshconfigurations.yaml"),
     include_str!("../../../manifests/crds/margay.io_meshnodestatuses.yaml"),
+    include_str!("../../../manifests/components/ipam/margay.io_ipblocks.yaml"),
+    include_str!("../../../manifests/components/ipam/margay.io_ippools.yaml"),
+    include_str!("../../../manifests/components/ipam/margay.io_ipreservations.yaml"),
 ];
 /// Who the agents are and what they may do, as the project ships it.
-const RIGHTS: [&str; 6] = [
+const RIGHTS: [&str; 8] = [
     include_str!("../../../manifests/base/namespace.yaml"),
     include_str!("../../../manifests/base/service-accounts.yaml"),
     include_str!("../../../manifests/base/rbac.yaml"),
     include_str!("../../../manifests/base/admission/announcements.yaml"),
     include_str!("../../../manifests/base/admission/own-node.yaml"),
     include_str!("../../../manifests/base/admission/own-objects.yaml"),
+    include_str!("../../../manifests/base/admission/own-blocks.yaml"),
+    include_str!("../../../manifests/components/ipam/rbac.yaml"),
 ];
 
 /// Namespace and service account of the agents.

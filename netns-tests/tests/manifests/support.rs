@@ -152,7 +152,7 @@ pub fn documents(text: &str) -> Vec<Value> {
 /// The agent's ServiceAccount, nodes, and a pod of the agent on each as kubelets would run it; all that the base has but
 /// the DaemonSets' controller.
 pub fn install(cluster: &Cluster<'_>, nodes: &[&str]) {
-    cluster.apply(&kustomize("base")).unwrap();
+    cluster.apply(&kustomize("overlays/kubeadm")).unwrap();
     let condition = "--for=condition=Established";
     cluster.kubectl(&["wait", condition, "crd", "--all", "--timeout=60s"]).unwrap();
     for name in nodes {

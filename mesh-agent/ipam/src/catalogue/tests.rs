@@ -48,7 +48,7 @@ fn a_wrong_pool_is_named_by_field_and_stops_no_other() {
         let [issue] = issues.as_slice() else { panic!("{issues:?}") };
         assert_eq!(
             (issue.object.as_str(), issue.field.as_str()),
-            (&*format!("IPPool {name}"), field),
+            (&*format!("IPPool/{name}"), field),
             "{spec}"
         );
     }
@@ -85,7 +85,7 @@ fn a_reservations_readable_prefixes_count() {
     let reservation = object("r", 0, json!({"reservedCIDRs": ["10.0.1.0/24", "10.0.2.5", "10.0.3.3/32"]}));
     let (catalogue, issues) = Catalogue::read(&[pool], &[reservation, object("s", 0, json!([]))]);
     assert_eq!(issues[0].field, "spec.reservedCIDRs[1]");
-    assert_eq!(issues[1].object, "IPReservation s");
+    assert_eq!(issues[1].object, "IPReservation/s");
     assert!(!catalogue.is_usable(ip("10.0.1.200")) && !catalogue.is_usable(ip("10.0.3.3")));
     assert!(catalogue.is_usable(ip("10.0.3.4")));
 }

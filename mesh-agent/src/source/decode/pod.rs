@@ -1,11 +1,15 @@
 //! Pod: the fields that matter to a network. Others (images, volumes …) are not looked at.
 
 use k8s_openapi::api::core::v1::{self, Container};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
 use super::problem::Problems;
 use super::{cidr, meta};
 use crate::names;
 use crate::snapshot::Pod;
+
+/// The annotations that name IPPools, for IPv4 and IPv6.
+pub const POOLS: [&str; 2] = ["margay.io/ipv4pools", "margay.io/ipv6pools"];
 
 /// Converts a Pod.
 pub fn decode(pod: &v1::Pod, problems: &mut Problems) -> Pod {
@@ -13,6 +17,7 @@ pub fn decode(pod: &v1::Pod, problems: &mut Problems) -> Pod {
     let mut out = Pod {
         uid: meta::uid(&pod.metadata),
         labels: pod.metadata.labels.clone().unwrap_or_default(),
+        pools: pools(&pod.metadata),
         terminating: pod.metadata.deletion_timestamp.is_some(),
         ..Pod::default()
     };
@@ -34,6 +39,18 @@ pub fn decode(pod: &v1::Pod, problems: &mut Problems) -> Pod {
     }
     status(pod, &mut out, problems);
     out
+}
+
+/// The pools a pod asks for: a list in JSON, as Calico's annotations have it. One that cannot be read names a pool that
+/// cannot be, so that the pod gets no address instead of any.
+fn pools(meta: &ObjectMeta) -> Option<Box<[Vec<String>; 2]>> {
+    let annotations = meta.annotations.as_ref()?;
+    let read = |key: &str| {
+        let text = annotations.get(key)?;
+        Some(serde_json::from_str(text).unwrap_or_else(|_| vec![text.clone()]))
+    };
+    let found = POOLS.map(read);
+    found.iter().any(Option::is_some).then(|| Box::new(found.map(Option::unwrap_or_default)))
 }
 
 fn ports(container: &Container, field: &str, out: &mut Pod, problems: &mut Problems) {

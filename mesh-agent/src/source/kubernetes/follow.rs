@@ -47,6 +47,8 @@ enum Ended {
     Forgotten,
     /// Somebody asked for a new list.
     Asked,
+    /// The API server has no such kind, and need not.
+    Absent,
     Failed(&'static str, String),
     /// Nobody listens.
     Deaf,
@@ -58,7 +60,8 @@ pub(super) async fn follow<W: Watched>(
     tell: mpsc::Sender<(Kind, Heard)>,
     asked: watch::Receiver<u64>,
 ) {
-    Follower::<W> { api: Api::all(client), tell, asked, at: None, failures: 0, in_a_row: 0 }.run().await;
+    let api = Api::all(client);
+    Follower::<W> { api, tell, asked, at: None, served: false, failures: 0, in_a_row: 0 }.run().await;
 }
 
 struct Follower<W: Watched> {
@@ -67,6 +70,8 @@ struct Follower<W: Watched> {
     asked: watch::Receiver<u64>,
     /// Resource version of the last that was heard.
     at: Option<String>,
+    /// It was listed once: that it is not there any more would be an API server's passing trouble.
+    served: bool,
     /// How many there were lately, for the wait until the next attempt.
     failures: u32,
     /// Since changes were last heard.
@@ -87,6 +92,13 @@ impl<W: Watched> Follower<W> {
                 Ended::Deaf => return,
                 Ended::Renew => {}
                 Ended::Asked => self.at = None,
+                Ended::Absent => {
+                    let again = sleep(Duration::from_secs(u64::from(rand::rng().random_range(LASTS))));
+                    tokio::select! {
+                        () = again => {}
+                        Ok(()) = self.asked.changed() => {}
+                    }
+                }
                 // A server that forgets all the time must not be listed all the time.
                 Ended::Forgotten => {
                     self.at = None;
@@ -118,7 +130,12 @@ impl<W: Watched> Follower<W> {
         let mut page = ListParams::default().limit(PAGE);
         loop {
             let answer = timeout(ANSWERED, self.api.list(&page)).await;
-            let answer = answer.map_err(|_| late("list"))?.map_err(|error| failed(&error))?;
+            let answer = answer.map_err(|_| late("list"))?;
+            if W::KIND.is_optional() && !self.served && is_not_served(&answer) {
+                self.say(Heard::All(Vec::new())).await?;
+                return Err(Ended::Absent);
+            }
+            let answer = answer.map_err(|error| failed(&error))?;
             all.extend(answer.items.into_iter().map(|item| item.decoded));
             match answer.metadata.continue_.filter(|token| !token.is_empty()) {
                 Some(token) => page.continue_token = Some(token),
@@ -126,6 +143,7 @@ impl<W: Watched> Follower<W> {
                     let at = answer.metadata.resource_version.unwrap_or_default();
                     self.say(Heard::All(all)).await?;
                     self.at = Some(at.clone());
+                    self.served = true;
                     return Ok(at);
                 }
             }
@@ -183,6 +201,10 @@ impl<W: Watched> Follower<W> {
             Ok(()) = self.asked.changed() => {}
         }
     }
+}
+
+fn is_not_served<T>(answer: &Result<T, kube::Error>) -> bool {
+    matches!(answer, Err(kube::Error::Api(status)) if status.code == 404)
 }
 
 fn late(what: &str) -> Ended {

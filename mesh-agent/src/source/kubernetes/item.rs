@@ -29,7 +29,7 @@ macro_rules! watched {
         }
     )*};
 }
-watched!(MeshConfiguration Node Namespace Pod Service NetworkPolicy);
+watched!(MeshConfiguration Node Namespace Pod Service NetworkPolicy IpPool IpReservation IpBlock);
 
 /// An object of kind `W`.
 #[derive(Debug, Clone)]
