@@ -7,21 +7,18 @@ mod common;
 
 use std::time::Duration;
 
-use common::{address, all_between, assert_cut, assert_reach, between, bins, nodes};
+use common::{
+    CANARY, LONG, SERVER, address, all_between, assert_cut, assert_reach, between, bins, has_issue,
+    has_no_issue, nodes, nothing_in_clear, reach,
+};
 use netns_tests::capture::Capture;
 use netns_tests::cluster::Cluster;
 use netns_tests::flow::Flow;
 use netns_tests::lab::{Lab, PATIENCE};
 use netns_tests::manifests;
-use netns_tests::probe;
 use netns_tests::spec::Protocol;
 use netns_tests::wait;
 use serde_json::{Value, json};
-
-const CANARY: &[u8] = b"margay-probe";
-const SERVER: &str = "apiServer: {ips: [192.0.2.100, '2001:db8::100']}\n";
-/// For what waits for a retry of the agent's: at most 30 s apart.
-const LONG: Duration = Duration::from_secs(90);
 
 fn node(cluster: &Cluster<'_>, name: &str) -> Value {
     cluster.get("node", None, name).unwrap()
@@ -36,48 +33,10 @@ fn condition(node: &Value) -> Value {
     all.into_iter().find(|one| one["type"] == "MargayMeshReady").unwrap_or_default()
 }
 
-/// Waits for an issue of a node's agent, by reason.
-fn has_issue(lab: &Lab, node: &str, reason: &str, object: &str) {
-    wait::until(format!("{node} to tell {reason} of {object}"), LONG, || {
-        let issues = lab.agent(node)?.status()?.issues;
-        let found = issues.iter().any(|issue| issue.reason == reason && issue.object == object);
-        anyhow::ensure!(found, "{issues:?}");
-        Ok(Some(()))
-    })
-    .unwrap_or_else(|error| panic!("{error:?}\n{}", lab.logs(node)));
-}
-
-fn has_no_issue(lab: &Lab, node: &str) {
-    wait::until(format!("{node} to have no issue"), LONG, || {
-        let issues = lab.agent(node)?.status()?.issues;
-        anyhow::ensure!(issues.is_empty(), "{issues:?}");
-        Ok(Some(()))
-    })
-    .unwrap_or_else(|error| panic!("{error:?}\n{}", lab.logs(node)));
-}
-
 fn is_ready(cluster: &Cluster<'_>, name: &str) {
     wait::until(format!("node {name} to be ready"), LONG, || {
         let now = condition(&node(cluster, name));
         anyhow::ensure!(now["status"] == "True" && now["reason"] == "MeshReady", "{now}");
-        Ok(Some(()))
-    })
-    .unwrap();
-}
-
-/// Waits until probes of all nodes' pods get through, both ways and in both families.
-fn reach(lab: &Lab, pairs: &[(&str, &str)]) {
-    wait::until(format!("{pairs:?} to reach each other"), LONG, || {
-        let probes = pairs.iter().flat_map(|(a, b)| all_between(lab, a, b));
-        let probes: Vec<_> = probes.map(|probe| (probe, true)).collect();
-        for ((probe, _), outcome) in probes.iter().zip(probe::all(&probes)?) {
-            anyhow::ensure!(
-                outcome == probe::Outcome::Allowed,
-                "{} -> {}: {outcome}",
-                probe.src,
-                probe.listener
-            );
-        }
         Ok(Some(()))
     })
     .unwrap();
@@ -112,11 +71,6 @@ fn up(letters: &str) -> (Lab, Capture) {
     lab.settle(PATIENCE).unwrap();
     lab.start_pods().unwrap();
     (lab, capture)
-}
-
-fn nothing_in_clear(capture: Capture) {
-    let seen = capture.stop();
-    assert!(seen.canaries.is_empty() && seen.mesh > 0, "{seen:?}");
 }
 
 /// Requests for nodes that change something, as the API server counts them.

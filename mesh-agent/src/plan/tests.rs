@@ -2,6 +2,7 @@
 
 mod external;
 mod laws;
+mod pools;
 mod rotation;
 mod table;
 

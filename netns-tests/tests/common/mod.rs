@@ -10,11 +10,18 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use netns_tests::bins::Bins;
+use netns_tests::capture::Capture;
 use netns_tests::lab::Lab;
 use netns_tests::netns::Netns;
 use netns_tests::pods::Pod;
 use netns_tests::probe::{self, Outcome, Probe};
 use netns_tests::spec::{self, Protocol};
+use netns_tests::wait;
+
+pub const CANARY: &[u8] = b"margay-probe";
+pub const SERVER: &str = "apiServer: {ips: [192.0.2.100, '2001:db8::100']}\n";
+/// For what waits for a retry of the agent's: at most 30 s apart.
+pub const LONG: Duration = Duration::from_secs(90);
 
 pub fn bins() -> Bins {
     Bins::beside(Path::new(env!("CARGO_BIN_EXE_mesh-lab"))).unwrap()
@@ -167,4 +174,47 @@ pub fn parse_ping(text: &str) -> Option<(u32, u32, Duration)> {
     let average =
         text.lines().find_map(|line| line.strip_prefix("rtt ")?.split('/').nth(4)?.parse::<f64>().ok());
     Some((sent, received, Duration::from_secs_f64(average.unwrap_or(0.0) / 1000.0)))
+}
+
+/// Waits for an issue of a node's agent, by reason.
+pub fn has_issue(lab: &Lab, node: &str, reason: &str, object: &str) {
+    wait::until(format!("{node} to tell {reason} of {object}"), LONG, || {
+        let issues = lab.agent(node)?.status()?.issues;
+        let found = issues.iter().any(|issue| issue.reason == reason && issue.object == object);
+        anyhow::ensure!(found, "{issues:?}");
+        Ok(Some(()))
+    })
+    .unwrap_or_else(|error| panic!("{error:?}\n{}", lab.logs(node)));
+}
+
+pub fn has_no_issue(lab: &Lab, node: &str) {
+    wait::until(format!("{node} to have no issue"), LONG, || {
+        let issues = lab.agent(node)?.status()?.issues;
+        anyhow::ensure!(issues.is_empty(), "{issues:?}");
+        Ok(Some(()))
+    })
+    .unwrap_or_else(|error| panic!("{error:?}\n{}", lab.logs(node)));
+}
+
+/// Waits until probes of all nodes' pods get through, both ways and in both families.
+pub fn reach(lab: &Lab, pairs: &[(&str, &str)]) {
+    wait::until(format!("{pairs:?} to reach each other"), LONG, || {
+        let probes = pairs.iter().flat_map(|(a, b)| all_between(lab, a, b));
+        let probes: Vec<_> = probes.map(|probe| (probe, true)).collect();
+        for ((probe, _), outcome) in probes.iter().zip(probe::all(&probes)?) {
+            anyhow::ensure!(
+                outcome == probe::Outcome::Allowed,
+                "{} -> {}: {outcome}",
+                probe.src,
+                probe.listener
+            );
+        }
+        Ok(Some(()))
+    })
+    .unwrap();
+}
+
+pub fn nothing_in_clear(capture: Capture) {
+    let seen = capture.stop();
+    assert!(seen.canaries.is_empty() && seen.mesh > 0, "{seen:?}");
 }

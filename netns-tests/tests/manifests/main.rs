@@ -6,6 +6,7 @@
 mod common;
 
 mod admission;
+mod blocks;
 mod container;
 mod image;
 mod overlays;

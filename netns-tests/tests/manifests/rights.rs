@@ -8,7 +8,7 @@ use crate::support::{Caller, NAMESPACE, PATIENCE, install, with_cluster};
 /// (verb, group, resource, subresource)
 type Right = (&'static str, &'static str, &'static str, &'static str);
 
-const ALLOWED: [Right; 18] = [
+const ALLOWED: [Right; 30] = [
     ("list", "", "nodes", ""),
     ("watch", "", "nodes", ""),
     ("list", "", "pods", ""),
@@ -17,8 +17,20 @@ const ALLOWED: [Right; 18] = [
     ("watch", "", "namespaces", ""),
     ("list", "networking.k8s.io", "networkpolicies", ""),
     ("watch", "networking.k8s.io", "networkpolicies", ""),
+    ("list", "", "services", ""),
+    ("watch", "", "services", ""),
     ("list", "margay.io", "meshconfigurations", ""),
     ("watch", "margay.io", "meshconfigurations", ""),
+    ("list", "margay.io", "ippools", ""),
+    ("watch", "margay.io", "ippools", ""),
+    ("list", "margay.io", "ipreservations", ""),
+    ("watch", "margay.io", "ipreservations", ""),
+    ("list", "margay.io", "ipblocks", ""),
+    ("watch", "margay.io", "ipblocks", ""),
+    ("get", "margay.io", "ipblocks", ""),
+    ("create", "margay.io", "ipblocks", ""),
+    ("update", "margay.io", "ipblocks", ""),
+    ("delete", "margay.io", "ipblocks", ""),
     ("patch", "", "nodes", ""),
     ("patch", "", "nodes", "status"),
     ("create", "margay.io", "meshnodestatuses", ""),
@@ -62,6 +74,9 @@ fn the_agent_may_do_what_it_does_and_nothing_else_and_the_datapath_nothing() {
             ("events.k8s.io", "events", &[""]),
             ("networking.k8s.io", "networkpolicies", &[""]),
             ("margay.io", "meshconfigurations", &["", "status"]),
+            ("margay.io", "ippools", &[""]),
+            ("margay.io", "ipreservations", &[""]),
+            ("margay.io", "ipblocks", &["", "status"]),
             ("margay.io", "meshnodestatuses", &["", "status"]),
             ("apps", "daemonsets", &[""]),
             ("rbac.authorization.k8s.io", "clusterroles", &[""]),
