@@ -76,6 +76,9 @@ pub struct Options {
     /// Nodes of the large cluster (part `scale`), besides the real one
     #[arg(long, default_value_t = scale::Size::FULL.nodes)]
     pub nodes: u32,
+    /// How many of them have an agent
+    #[arg(long, default_value_t = scale::Size::FULL.agents)]
+    pub agents: u32,
     /// Where everything goes as JSON
     #[arg(long, default_value = "target/bench.json")]
     pub json: PathBuf,
@@ -210,7 +213,12 @@ pub fn run(options: &Options, bins: &Bins) -> Result<()> {
 /// mesh-agent in a large cluster: no tunnel is measured, so nobody else takes part.
 fn run_scale(options: &Options, bins: &Bins) -> Result<()> {
     let size = if options.quick { scale::Size::QUICK } else { scale::Size::FULL };
-    let size = scale::Size { nodes: options.nodes, with_pods: size.with_pods.min(options.nodes), ..size };
+    let size = scale::Size {
+        nodes: options.nodes,
+        agents: options.agents.min(options.nodes),
+        with_pods: size.with_pods.min(options.nodes),
+        ..size
+    };
     let found = scale::run(bins, size)?;
     write_json(options, &serde_json::json!({ "size": size, "scale": found }))?;
     say!("{}", scale::table::text(size, &found));

@@ -38,6 +38,8 @@ pub struct Size {
     pub pods_each: usize,
     /// Pods of the real node.
     pub own_pods: usize,
+    /// How many of them have a simulated agent; the others are a Node object that says what one has said.
+    pub agents: u32,
     /// Simulated agents that follow pods.
     pub with_pods: u32,
     /// Changes of a node whose way to the real one's device is timed.
@@ -52,6 +54,7 @@ impl Size {
     /// What the goals are about.
     pub const FULL: Self = Self {
         nodes: 999,
+        agents: 999,
         pods_each: 20,
         own_pods: 20,
         with_pods: 50,
@@ -246,7 +249,7 @@ impl Scale {
         let before = self.usage("mesh-agent")?.cpu_s;
         let mut took = Vec::new();
         for change in 0..self.size.changes {
-            let node = (change as u32 * 37) % self.size.nodes + 1;
+            let node = (change as u32 * 37) % self.size.agents + 1;
             let port = 40_000 + change;
             let begin = Instant::now();
             self.others.order(&format!("port {node} {port}"))?;
@@ -415,7 +418,7 @@ impl Others {
     fn start(bins: &Bins, lab: &Lab, size: Size) -> Result<Self> {
         let cluster = lab.cluster()?;
         credentials(&cluster, size)?;
-        let (count, nodes) = (size.nodes.to_string(), (size.nodes + 1).to_string());
+        let (count, nodes) = (size.agents.to_string(), (size.nodes + 1).to_string());
         let with_pods = size.with_pods.to_string();
         let helper = helper(bins)?;
         let argv = [
@@ -476,7 +479,7 @@ fn credentials(cluster: &Cluster<'_>, size: Size) -> Result<()> {
     let (host, client) = (cluster.host(), cluster.client());
     let at = *cluster.addresses().first().context("an API server needs an address")?;
     std::fs::create_dir_all(host.path(KUBECONFIGS)).context("directory of kubeconfigs")?;
-    let names: Vec<String> = (1..=size.nodes).map(|n| format!("n{n:04}")).collect();
+    let names: Vec<String> = (1..=size.agents).map(|n| format!("n{n:04}")).collect();
     world::each(&names, |node| {
         let name = format!("mesh-agent-{node}");
         let pod = json!({

@@ -20,8 +20,8 @@ pub fn text(size: Size, found: &Outcome) -> String {
         "One real agent among {} nodes with {} pods ({} simulated agents, {} of which follow pods)\n{table}",
         size.nodes + 1,
         size.nodes as usize * size.pods_each + size.own_pods,
-        size.nodes,
-        size.with_pods,
+        size.agents,
+        size.with_pods.min(size.agents),
     )
 }
 
