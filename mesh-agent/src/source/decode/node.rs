@@ -1,5 +1,7 @@
 //! Node.
 
+use std::sync::Arc;
+
 use k8s_openapi::api::core::v1;
 use keyservice::Announcement;
 use keyservice::announcement::ANNOTATIONS;
@@ -51,13 +53,14 @@ pub fn decode(node: &v1::Node, problems: &mut Problems) -> Node {
 
 /// Goes on with what the Node of that name announced `before`, where what it announces now is illegible: a slip of a hand
 /// in an annotation is repaired by its agent, and must cost no packet until then. A new UID is another node.
-pub fn remember(name: &str, now: &mut Node, before: &Node) {
+pub fn remember(name: &str, now: &mut Arc<Node>, before: &Node) {
     let legible =
         |annotations: &Labels| matches!(Announcement::from_annotations(name, annotations), Ok(Some(_)));
     let illegible = Announcement::from_annotations(name, &now.annotations).is_err();
     if now.uid != before.uid || !illegible {
         return;
     }
+    let now = Arc::make_mut(now);
     now.announced_before = if legible(&before.annotations) {
         let announced = before.annotations.iter().filter(|(key, _)| ANNOTATIONS.contains(&key.as_str()));
         announced.map(|(key, value)| (key.clone(), value.clone())).collect()
