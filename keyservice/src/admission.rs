@@ -27,7 +27,7 @@ use std::net::{IpAddr, SocketAddr};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use crate::announcement::{Announcement, KeyClaim};
+use crate::announcement::{Announcement, AnnouncementKey, KeyClaim};
 use crate::key::PublicKey;
 
 pub use incumbents::{IncumbentsError, IncumbentsProblem};
@@ -52,6 +52,10 @@ pub mod reason {
     pub const ADDRESS_IN_POOL: &str = "AddressInPool";
     /// An address that is not that of one host. Only a notice.
     pub const INVALID_ADDRESS: &str = "InvalidAddress";
+    /// Not signed, or not for this Node, where announcements are trusted on first use.
+    pub const UNSIGNED: &str = "UnsignedAnnouncement";
+    /// Signed with another key than the first one seen of this Node.
+    pub const KEY_CHANGED: &str = "AnnouncementKeyChanged";
 }
 
 /// What the Node object (spec and status, which an announcement cannot write) says.
@@ -72,6 +76,8 @@ pub struct Claim {
     pub announcement: Announcement,
     /// What its Node object says.
     pub authority: Authority,
+    /// Who signed the announcement for that object ([`Announcement::signer`]), if somebody has to.
+    pub signer: Option<AnnouncementKey>,
 }
 
 /// A node this one has admitted before; survives restarts.
@@ -88,6 +94,9 @@ pub struct Incumbent {
     /// Its addresses.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub addresses: Vec<IpAddr>,
+    /// The key that signed the first announcement of the Node with this UID, or the one trusted since.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub announcement_key: Option<AnnouncementKey>,
 }
 
 /// Everyone this node has admitted, by Node name; this node itself is among them.
@@ -107,6 +116,9 @@ pub struct Rules<'a> {
     /// Node objects without a legible announcement. They are never admitted, but what they hold, by
     /// memory or authority, stays theirs.
     pub silent: BTreeMap<String, Authority>,
+    /// Announcements are believed by the key that signs them: the first one seen of a Node, or one of these, by name. `None`
+    /// where the API server sees to it that nobody speaks for another.
+    pub first_use: Option<&'a BTreeMap<String, AnnouncementKey>>,
     /// Whether every source has been read once. Until then an incumbent without a Node object may
     /// still appear and keeps what it holds; after it, the Node is gone and is forgotten.
     pub synced: bool,

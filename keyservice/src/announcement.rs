@@ -1,6 +1,7 @@
 //! What a node says of itself, as `margay.io/` annotations on its Node object.
 
 mod codec;
+mod signature;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -9,6 +10,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use crate::key::PublicKey;
+pub use signature::{AnnouncementKey, AnnouncementKeyError, Signature, SigningKey};
 
 /// The version this code writes and the newest it reads.
 pub const VERSION: u32 = 1;
@@ -23,13 +25,16 @@ pub const ANNOTATION_ENDPOINTS: &str = "margay.io/endpoints";
 pub const ANNOTATION_CAPABILITIES: &str = "margay.io/capabilities";
 /// `margay.io/pod-cidrs`: comma-separated prefixes, believed only where no authority names any.
 pub const ANNOTATION_POD_CIDRS: &str = "margay.io/pod-cidrs";
-/// All the annotations an agent writes; every write carries all of them.
-pub const ANNOTATIONS: [&str; 5] = [
+/// `margay.io/announcement-signature`: `ed25519:KEY:SIGNATURE`; only where announcements are trusted on first use.
+pub const ANNOTATION_SIGNATURE: &str = "margay.io/announcement-signature";
+/// All the annotations an agent writes; every write carries all of them but the signature, which there may be none of.
+pub const ANNOTATIONS: [&str; 6] = [
     ANNOTATION_VERSION,
     ANNOTATION_KEYS,
     ANNOTATION_ENDPOINTS,
     ANNOTATION_CAPABILITIES,
     ANNOTATION_POD_CIDRS,
+    ANNOTATION_SIGNATURE,
 ];
 
 /// Bytes any one of the annotations may have.
@@ -70,6 +75,8 @@ pub struct Announcement {
     pub capabilities: BTreeSet<String>,
     /// Prefixes it would like to own; used only where no authority names any.
     pub pod_cidrs: Vec<IpNet>,
+    /// That it is from who it says, where that is not for the API server to see to.
+    pub signature: Option<Signature>,
 }
 
 /// Why annotations are not an announcement; names the annotation.
@@ -83,7 +90,7 @@ pub struct AnnouncementError {
 }
 
 impl Announcement {
-    /// The annotations that say this: always all of [`ANNOTATIONS`], the empty ones as empty strings, so
+    /// The annotations that say this: always all of [`ANNOTATIONS`], the empty ones as empty strings and the signature if there is one, so
     /// that a write leaves nothing of an older announcement behind.
     pub fn to_annotations(&self) -> BTreeMap<String, String> {
         codec::encode(self)
@@ -91,7 +98,7 @@ impl Announcement {
 
     /// Reads the `margay.io/` annotations of Node `name`; `None` when the node announces nothing.
     ///
-    /// Strict: what it returns passes [`Self::validate`], and some of [`ANNOTATIONS`] without the others
+    /// Strict: what it returns passes [`Self::validate`], and some of [`ANNOTATIONS`] without the others (but for the signature)
     /// is an error. Other annotations are not looked at.
     pub fn from_annotations(
         name: &str,

@@ -12,6 +12,6 @@ pub mod publish;
 pub mod rotation;
 
 pub use admission::{Admission, Admitted, Authority, Claim, Incumbents, Refusal};
-pub use announcement::{Announcement, AnnouncementError, KeyClaim};
+pub use announcement::{Announcement, AnnouncementError, AnnouncementKey, KeyClaim, SigningKey};
 pub use file::FileProblem;
 pub use key::{KeyError, PresharedKey, PrivateKey, PublicKey};

@@ -338,7 +338,8 @@ fn several_claims_under_one_name_leave_only_the_remembered_one() {
 
 #[test]
 fn host_bits_in_an_authoritys_prefix_are_masked() {
-    let mut claim = Claim { announcement: announcement("a", &[1], &[]), authority: Authority::default() };
+    let mut claim =
+        Claim { announcement: announcement("a", &[1], &[]), authority: Authority::default(), signer: None };
     claim.authority.pod_cidrs = nets(&["10.42.1.7/24", "10.42.1.0/25"]);
     assert_eq!(cold(&[claim]).admitted[0].pod_cidrs, [net("10.42.1.0/24")]);
 }

@@ -62,8 +62,16 @@ fn claim(name: &'static str) -> impl Strategy<Value = Claim> {
         let endpoints = vec!["192.0.2.1:51820".parse().unwrap()];
         let name = name.to_owned();
         Claim {
-            announcement: Announcement { name, keys, endpoints, capabilities: BTreeSet::new(), pod_cidrs },
+            announcement: Announcement {
+                name,
+                keys,
+                endpoints,
+                capabilities: BTreeSet::new(),
+                pod_cidrs,
+                signature: None,
+            },
             authority,
+            signer: None,
         }
     })
 }

@@ -245,7 +245,7 @@ prop_compose! {
             keys: claims.map(|((key, port), epoch)| KeyClaim {
                 public_key: keyservice::PublicKey::from_bytes(*key), port, epoch,
             }).collect(),
-            endpoints: unique(endpoints), capabilities, pod_cidrs,
+            endpoints: unique(endpoints), capabilities, pod_cidrs, signature: None,
         }
     }
 }

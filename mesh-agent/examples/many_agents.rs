@@ -74,6 +74,7 @@ fn announcement(n: u32, endpoint: SocketAddr) -> Announcement {
         endpoints: vec![endpoint],
         capabilities: BTreeSet::new(),
         pod_cidrs: Vec::new(),
+        signature: None,
     }
 }
 

@@ -5,6 +5,7 @@
 
 mod health;
 mod keys;
+mod nodes;
 mod socket;
 
 use std::sync::Arc;
@@ -47,7 +48,7 @@ impl Api {
     /// `status.sock`: reads.
     pub fn reads(&self) -> Router {
         let forbidden = || post(|| async { refuse(StatusCode::FORBIDDEN, "only on control.sock") });
-        let writes = ["/v1/sync", "/v1/keys/rotate", "/v1/keys/rotate-all"];
+        let writes = ["/v1/sync", "/v1/keys/rotate", "/v1/keys/rotate-all", nodes::TRUST];
         writes
             .into_iter()
             .fold(self.routes(), |routes, path| routes.route(path, forbidden()))
@@ -56,7 +57,11 @@ impl Api {
 
     /// `control.sock`: everything.
     pub fn control(&self) -> Router {
-        self.routes().route("/v1/sync", post(sync)).merge(keys::routes()).with_state(self.clone())
+        self.routes()
+            .route("/v1/sync", post(sync))
+            .merge(keys::routes())
+            .merge(nodes::routes())
+            .with_state(self.clone())
     }
 
     /// TCP: `/healthz`, `/readyz`, `/metrics`.

@@ -18,7 +18,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 use keyservice::admission::IncumbentsProblem;
 use keyservice::rotation::KeyStore;
-use keyservice::{Announcement, Incumbents};
+use keyservice::{Announcement, Incumbents, SigningKey, keyfile};
 use mesh_api::defaults;
 use mesh_api::status::Issue;
 use tokio::signal::unix::{SignalKind, signal};
@@ -145,6 +145,8 @@ pub async fn run(config: AgentConfig) -> Result<()> {
         store.clone(),
         state.learned(),
     );
+    let secret = keyfile::load_or_create(&state.announcement_key(), &mut rand::rng())?;
+    let signing_key = SigningKey::derive(&secret).context("announcement key")?;
     let planner = Planner {
         store: store.clone(),
         board: board.clone(),
@@ -152,6 +154,7 @@ pub async fn run(config: AgentConfig) -> Result<()> {
         announcements,
         claims,
         incumbents: state.incumbents(),
+        signing_key,
     };
     let runner = Runner::new(reconcilers, board.clone());
     let cni_socket = cni::serve::bind(&config.run_dir.join(defaults::CNI_SOCKET), 0o600)?;

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use keyservice::publish::directory::DirectoryPublisher;
 use keyservice::publish::{Publish as _, Published};
-use keyservice::{Announcement, Incumbents, KeyClaim};
+use keyservice::{Announcement, Incumbents, KeyClaim, SigningKey};
 use mesh_api::status::Issue;
 use tokio::sync::watch;
 use tokio::time::sleep;
@@ -15,6 +15,7 @@ use tracing::{info, warn};
 
 use crate::desired::Desired;
 use crate::plan::plan;
+use crate::snapshot::Snapshot;
 use crate::status::Board;
 use crate::store::Store;
 
@@ -38,6 +39,8 @@ pub struct Planner {
     pub claims: watch::Sender<Arc<Claims>>,
     /// File of the nodes admitted before.
     pub incumbents: PathBuf,
+    /// What announcements are signed with, where they are.
+    pub signing_key: SigningKey,
 }
 
 impl Planner {
@@ -59,13 +62,22 @@ impl Planner {
             self.plans.send_replace(desired);
             self.store.set_incumbents(planned.incumbents);
             if snapshot.synced {
-                self.announcements.send_if_modified(|old| replace(old, planned.announcement));
+                let announcement = planned.announcement.map(|said| self.signed(&snapshot, said));
+                self.announcements.send_if_modified(|old| replace(old, announcement));
             }
             tokio::select! {
                 changed = snapshots.changed() => if changed.is_err() { return },
                 () = sleep(RETRY), if failed => {}
             }
         }
+    }
+
+    fn signed(&self, snapshot: &Snapshot, announcement: Announcement) -> Announcement {
+        if !snapshot.cluster.mesh.first_use {
+            return announcement;
+        }
+        let node = snapshot.cluster.nodes.get(&snapshot.local.node_name);
+        announcement.signed(node.and_then(|node| node.uid.as_deref()), &self.signing_key)
     }
 
     fn remember(&self, remembered: &mut Incumbents, incumbents: &Incumbents) -> Option<Issue> {

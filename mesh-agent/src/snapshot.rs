@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 use keyservice::rotation::{Settings, State};
-use keyservice::{Incumbents, PublicKey};
+use keyservice::{AnnouncementKey, Incumbents, PublicKey};
 use mesh_api::status::{Issue, SourceStatus};
 
 /// A Pod object, in the policy engine's own model.
@@ -127,6 +127,8 @@ pub struct Local {
     pub devices: BTreeSet<String>,
     /// Whom it has admitted before.
     pub incumbents: Incumbents,
+    /// Keys of announcements that somebody here said are right, by node.
+    pub trusted: BTreeMap<String, AnnouncementKey>,
     /// Where peers were last heard from, learned by the datapath: a hint, by key.
     pub learned_endpoints: BTreeMap<PublicKey, SocketAddr>,
     /// How reaching the peers went, of those that were silent once.
@@ -184,6 +186,8 @@ pub struct MeshSpec {
     pub masquerade: bool,
     /// Destinations never masqueraded, besides the pools and the nodes.
     pub masquerade_exceptions: Vec<IpNet>,
+    /// Announcements are believed by who signed them first, for the API server lets nodes write each other's.
+    pub first_use: bool,
     /// When keys change.
     pub rotation: Settings,
 }
@@ -199,6 +203,7 @@ impl Default for MeshSpec {
             persistent_keepalive: 0,
             masquerade: true,
             masquerade_exceptions: Vec::new(),
+            first_use: false,
             rotation: crate::config::rotation::RotationSpec::default().settings(0),
         }
     }

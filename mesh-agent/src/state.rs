@@ -56,6 +56,11 @@ impl StateDir {
         self.root.join("incumbents.json")
     }
 
+    /// The secret that announcements are signed with.
+    pub fn announcement_key(&self) -> PathBuf {
+        self.root.join("announcement-key")
+    }
+
     /// Where peers were last heard from.
     pub fn learned(&self) -> PathBuf {
         self.root.join("learned-endpoints.json")

@@ -274,6 +274,11 @@ pub fn assemble(seen: &Observed, now: SystemTime, uptime: Duration) -> Status {
         endpoints: endpoints(seen),
         issues: seen.all_issues(),
         rotation: seen.rotation.clone(),
+        announcement_trust: match seen.snapshot.cluster.mesh.first_use {
+            true => "trust-on-first-use",
+            false => "admission",
+        }
+        .to_owned(),
     }
 }
 

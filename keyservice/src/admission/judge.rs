@@ -239,6 +239,10 @@ impl Judge<'_> {
                         keys: self.keys_of(party),
                         pod_cidrs: party.prefixes.clone(),
                         addresses: party.addresses.clone(),
+                        announcement_key: match self.rules.first_use {
+                            Some(_) => party.claim.and_then(|claim| claim.signer),
+                            None => party.memory.and_then(|memory| memory.announcement_key),
+                        },
                     }
                 } else if let Some(memory) = party.memory {
                     let mut kept = memory.clone();

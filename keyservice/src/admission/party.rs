@@ -119,6 +119,28 @@ impl<'a> Party<'a> {
 
     /// What is wrong with the claim whatever the others say.
     fn fault(&self, rules: &Rules<'_>) -> Option<(&'static str, String)> {
+        self.distrusted(rules).or_else(|| self.unusable(rules))
+    }
+
+    /// Whether the announcement is not from who was first heard under this Node's UID.
+    fn distrusted(&self, rules: &Rules<'_>) -> Option<(&'static str, String)> {
+        let trusted = rules.first_use?;
+        let Some(signer) = self.claim.and_then(|claim| claim.signer) else {
+            return Some((reason::UNSIGNED, "the announcement is not signed for this Node".to_owned()));
+        };
+        let pinned = self.memory.and_then(|memory| memory.announcement_key)?;
+        if signer == pinned || trusted.get(self.name) == Some(&signer) {
+            return None;
+        }
+        let message = format!(
+            "the announcement is signed with key {signer}, and this Node's first one was with {pinned}: if that is right, \
+             meshctl nodes trust {}",
+            self.name
+        );
+        Some((reason::KEY_CHANGED, message))
+    }
+
+    fn unusable(&self, rules: &Rules<'_>) -> Option<(&'static str, String)> {
         let distinct: BTreeSet<PublicKey> = self.keys.iter().map(|key| key.public_key).collect();
         if self.keys.is_empty() || self.keys.len() > MAX_KEYS || distinct.len() < self.keys.len() {
             let message = format!(

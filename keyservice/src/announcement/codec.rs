@@ -8,9 +8,10 @@ use std::str::FromStr;
 use ipnet::IpNet;
 
 use super::{
-    ANNOTATION_CAPABILITIES, ANNOTATION_ENDPOINTS, ANNOTATION_KEYS, ANNOTATION_POD_CIDRS, ANNOTATION_VERSION,
-    ANNOTATIONS, Announcement, AnnouncementError, KeyClaim, MAX_CAPABILITIES, MAX_CAPABILITY_LEN,
-    MAX_ENDPOINTS, MAX_KEYS, MAX_POD_CIDRS, MAX_VALUE_LEN, VERSION,
+    ANNOTATION_CAPABILITIES, ANNOTATION_ENDPOINTS, ANNOTATION_KEYS, ANNOTATION_POD_CIDRS,
+    ANNOTATION_SIGNATURE, ANNOTATION_VERSION, ANNOTATIONS, Announcement, AnnouncementError, KeyClaim,
+    MAX_CAPABILITIES, MAX_CAPABILITY_LEN, MAX_ENDPOINTS, MAX_KEYS, MAX_POD_CIDRS, MAX_VALUE_LEN, Signature,
+    VERSION,
 };
 
 /// Characters of a bad value that an error quotes.
@@ -38,7 +39,9 @@ pub(super) fn encode(announcement: &Announcement) -> BTreeMap<String, String> {
         (ANNOTATION_CAPABILITIES, join(&announcement.capabilities)),
         (ANNOTATION_POD_CIDRS, join(&announcement.pod_cidrs)),
     ];
-    values.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+    let signature =
+        announcement.signature.as_ref().map(|signature| (ANNOTATION_SIGNATURE, signature.to_string()));
+    values.into_iter().chain(signature).map(|(name, value)| (name.to_owned(), value)).collect()
 }
 
 fn encode_keys(keys: &[KeyClaim]) -> String {
@@ -80,9 +83,20 @@ pub(super) fn decode(name: &str, annotations: &BTreeMap<String, String>) -> Resu
         endpoints: split(annotations, ANNOTATION_ENDPOINTS, MAX_ENDPOINTS, "an address:port pair")?,
         capabilities: words,
         pod_cidrs: split(annotations, ANNOTATION_POD_CIDRS, MAX_POD_CIDRS, "a prefix")?,
+        signature: signature(annotations)?,
     };
     validate(&announcement)?;
     Ok(Some(announcement))
+}
+
+fn signature(annotations: &BTreeMap<String, String>) -> Result<Option<Signature>> {
+    if !annotations.contains_key(ANNOTATION_SIGNATURE) {
+        return Ok(None);
+    }
+    let text = value(annotations, ANNOTATION_SIGNATURE)?;
+    text.parse()
+        .map(Some)
+        .map_err(|problem| error(ANNOTATION_SIGNATURE, format!("{} {problem}", quote(text))))
 }
 
 fn value<'a>(annotations: &'a BTreeMap<String, String>, key: &'static str) -> Result<&'a str> {

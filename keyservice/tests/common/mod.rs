@@ -33,18 +33,19 @@ pub fn announcement(name: &str, keys: &[u8], prefixes: &[&str]) -> Announcement 
         endpoints: vec!["192.0.2.1:51820".parse().unwrap()],
         capabilities: BTreeSet::from(["wireguard".to_owned()]),
         pod_cidrs: nets(prefixes),
+        signature: None,
     }
 }
 
 /// A claim without an authority.
 pub fn plain(name: &str, keys: &[u8], prefixes: &[&str]) -> Claim {
-    Claim { announcement: announcement(name, keys, prefixes), authority: Authority::default() }
+    Claim { announcement: announcement(name, keys, prefixes), authority: Authority::default(), signer: None }
 }
 
 /// A claim whose prefixes are its authority's.
 pub fn backed(name: &str, keys: &[u8], prefixes: &[&str]) -> Claim {
     let authority = Authority { pod_cidrs: nets(prefixes), ..Authority::default() };
-    Claim { announcement: announcement(name, keys, &[]), authority }
+    Claim { announcement: announcement(name, keys, &[]), authority, signer: None }
 }
 
 pub const OWN: &str = "self";

@@ -41,6 +41,9 @@ pub struct Status {
     /// This node's keys, and how far their rotation is.
     #[serde(default)]
     pub rotation: RotationStatus,
+    /// Why nodes' announcements are believed: `admission`, or `trust-on-first-use`.
+    #[serde(default)]
+    pub announcement_trust: String,
 }
 
 /// Snapshot numbers. They grow, and start anew when the agent does.
@@ -331,6 +334,16 @@ pub struct Ordered {
     /// Why it does not begin yet.
     #[serde(default)]
     pub blocked: Option<Blocked>,
+}
+
+/// Answer of `POST /v1/nodes/NAME/trust`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Trusted {
+    /// The node.
+    pub node: String,
+    /// The key that its announcement is signed with now, base64 of an Ed25519 public key.
+    pub key: String,
 }
 
 /// Answer of `POST /v1/sync`.

@@ -81,6 +81,9 @@ pub(crate) enum Command {
         #[command(subcommand)]
         command: Option<Keys>,
     },
+    /// Whose announcements are believed
+    #[command(subcommand)]
+    Nodes(Nodes),
     /// Packets that policy dropped, newest last
     Events {
         /// Go on printing new ones
@@ -105,6 +108,16 @@ pub(crate) enum Keys {
         /// Ask all nodes, by raising spec.rotationEpoch in the manifest of the MeshConfiguration
         #[arg(long)]
         all: bool,
+    },
+}
+
+/// `meshctl nodes …`
+#[derive(Debug, Clone, Subcommand)]
+pub(crate) enum Nodes {
+    /// Believe the key that a node's announcement is signed with now (announcementTrust: first-use), on this node
+    Trust {
+        /// The node
+        name: String,
     },
 }
 

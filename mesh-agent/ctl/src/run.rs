@@ -5,10 +5,10 @@ use std::time::{Duration, Instant};
 
 use mesh_api::defaults;
 use mesh_api::status::{
-    DenyEvent, Ordered, PeerState, PeerStatus, PolicyStatus, RotationStatus, Status, Synced,
+    DenyEvent, Ordered, PeerState, PeerStatus, PolicyStatus, RotationStatus, Status, Synced, Trusted,
 };
 
-use crate::args::{Args, Command, Format, Global, Keys, Policy};
+use crate::args::{Args, Command, Format, Global, Keys, Nodes, Policy};
 use crate::client::{Client, ClientError};
 use crate::{output, render};
 
@@ -34,7 +34,8 @@ pub(crate) async fn run(args: Args) -> u8 {
         };
         // A watch outlives a restart of the agent.
         // An order is given once.
-        let repeats = !matches!(args.command, Command::Keys { command: Some(Keys::Rotate { .. }) });
+        let repeats =
+            !matches!(args.command, Command::Keys { command: Some(Keys::Rotate { .. }) } | Command::Nodes(_));
         match args.global.watch.filter(|_| repeats) {
             Some(interval) => tokio::time::sleep(interval).await,
             None => return code,
@@ -98,6 +99,15 @@ async fn once(client: &Client, global: &Global, command: &Command) -> anyhow::Re
             let path = if *all { "/v1/keys/rotate-all" } else { "/v1/keys/rotate" };
             let ordered: Ordered = client.post(path).await?;
             output::print(format, &ordered, render::keys::ordered)?;
+        }
+        Command::Nodes(Nodes::Trust { name }) => {
+            let trusted: Trusted = client.post(&format!("/v1/nodes/{name}/trust")).await?;
+            output::print(format, &trusted, |trusted| {
+                format!(
+                    "announcements of node {} are believed here when signed with {}",
+                    trusted.node, trusted.key
+                )
+            })?;
         }
         Command::Events { follow } => events(client, global, *follow).await?,
         Command::Dump => {

@@ -54,6 +54,9 @@ pub struct MeshConfigurationSpec {
     #[serde(default = "mtu")]
     #[schemars(range(min = 1280, max = 65455))]
     pub mtu: u32,
+    /// Why it is believed that an announcement is from the node it is of.
+    #[serde(default)]
+    pub announcement_trust: AnnouncementTrust,
     /// UDP port that nodes listen on for their peers. The next one is the second device's, which keys change to.
     #[serde(default = "listen_port")]
     #[schemars(range(min = 1, max = 65534))]
@@ -95,6 +98,19 @@ pub enum PodNetwork {
     /// Another network plugin, whose interfaces, routes and source NAT stay as they are: what is between pods of
     /// different nodes is encrypted on its way. Which addresses a node's pods have is what the pods' objects say.
     External,
+}
+
+/// Why it is believed that an announcement is from the node it is of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum AnnouncementTrust {
+    /// Who writes it sees to it: the API server by the admission policies that are shipped, or whoever carries the
+    /// manifests.
+    #[default]
+    Admission,
+    /// For API servers without admission policies: each node signs its own, and the key that signed the first one seen of a Node
+    /// (of its UID) is the one believed from then on. Another waits for `meshctl nodes trust NAME` on each node.
+    FirstUse,
 }
 
 /// A range of pod addresses.
@@ -213,6 +229,7 @@ impl MeshConfigurationSpec {
         let mut out = MeshSpec {
             pools: self.pools.iter().filter_map(|pool| prefix(&pool.cidr).ok()).collect(),
             external: self.pod_network == PodNetwork::External,
+            first_use: self.announcement_trust == AnnouncementTrust::FirstUse,
             mtu: self.mtu,
             strict_encryption: self.strict_encryption,
             listen_port: self.listen_port,

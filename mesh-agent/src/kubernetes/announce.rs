@@ -148,6 +148,7 @@ mod tests {
             endpoints: vec!["192.0.2.1:51820".parse().unwrap()],
             capabilities: BTreeSet::new(),
             pod_cidrs: Vec::new(),
+            signature: None,
         }
     }
 

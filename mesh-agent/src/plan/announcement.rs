@@ -49,6 +49,7 @@ fn valid(snapshot: &Snapshot, slots: &[&Slot], issues: &mut Vec<Issue>) -> Optio
         endpoints: endpoints(snapshot, newest),
         capabilities: BTreeSet::from([CAPABILITY.to_owned()]),
         pod_cidrs: if snapshot.cluster.mesh.external { Vec::new() } else { local.pod_cidrs.clone() },
+        signature: None,
     };
     match announcement.validate() {
         Ok(()) => Some(announcement),

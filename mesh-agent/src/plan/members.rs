@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 
+use keyservice::admission::reason::{KEY_CHANGED, UNSIGNED};
 use keyservice::admission::{Rules, admit};
+use keyservice::announcement::ANNOTATION_SIGNATURE;
 use keyservice::{Admitted, Announcement, Authority, Claim, Incumbents, KeyClaim, Refusal};
 use mesh_api::status::Issue;
 
@@ -35,18 +37,27 @@ impl Members {
         };
         let mut claims = Vec::new();
         let mut silent = BTreeMap::new();
+        let first_use = cluster.mesh.first_use;
         let mut claim = |mut announcement: Announcement, authority: Authority| {
+            // Before anything is taken from it.
+            let signer = first_use.then(|| announcement.signer(authority.uid.as_deref())).flatten();
             if external {
                 announcement.pod_cidrs.clear();
             }
-            claims.push(Claim { announcement, authority });
+            claims.push(Claim { announcement, authority, signer });
         };
         for (name, node) in &cluster.nodes {
             let authority = authority(node, external);
             match Announcement::from_annotations(name, &node.annotations) {
                 // What we have just said of ourselves is newer than what came back.
                 Ok(Some(said)) if *name == local.node_name && said.keys.iter().all(is_ours) => {}
-                Ok(Some(announcement)) => claim(announcement, authority),
+                Ok(Some(announcement)) => match before_change(snapshot, name, node, &announcement) {
+                    Some((before, why)) => {
+                        issues.push(why);
+                        claim(before, authority);
+                    }
+                    None => claim(announcement, authority),
+                },
                 Ok(None) => drop(silent.insert(name.clone(), authority)),
                 Err(error) => {
                     let object = format!("Node/{name}");
@@ -62,13 +73,14 @@ impl Members {
         if let Some(announcement) = announced {
             silent.remove(&local.node_name);
             let authority = own_node.map(|node| authority(node, external)).unwrap_or_default();
-            claims.push(Claim { announcement: announcement.clone(), authority });
+            claims.push(Claim { announcement: announcement.clone(), authority, signer: None });
         }
         let rules = Rules {
             own_name: &local.node_name,
             own_keys: &own_keys,
             pools: &cluster.mesh.pools,
             silent,
+            first_use: first_use.then_some(&local.trusted),
             synced: snapshot.synced,
         };
         let admission = admit(&claims, &local.incumbents, &rules);
@@ -79,6 +91,40 @@ impl Members {
             admission.admitted.into_iter().map(|admitted| (admitted.name.clone(), admitted)).collect();
         Self { own, peers, incumbents: admission.incumbents }
     }
+}
+
+/// The announcement that goes on counting where one that is signed by somebody else came in its place, with why. After a
+/// restart there is none, and the admission refuses the new one.
+fn before_change(
+    snapshot: &Snapshot,
+    name: &str,
+    node: &Node,
+    now: &Announcement,
+) -> Option<(Announcement, Issue)> {
+    let (local, uid) = (&snapshot.local, node.uid.as_deref());
+    if !snapshot.cluster.mesh.first_use || name == local.node_name {
+        return None;
+    }
+    let known = local.incumbents.0.get(name).filter(|known| known.uid == node.uid)?;
+    let (pinned, signer) = (known.announcement_key?, now.signer(uid));
+    if signer == Some(pinned) || signer.is_some() && signer == local.trusted.get(name).copied() {
+        return None;
+    }
+    let before = Announcement::from_annotations(name, &node.announced_before).ok()??;
+    if before.signer(uid) != Some(pinned) {
+        return None;
+    }
+    let (reason, message) = match signer {
+        Some(signer) => (
+            KEY_CHANGED,
+            format!(
+                "is signed with key {signer}, not with {pinned} as before: if that is right, meshctl nodes trust {name}"
+            ),
+        ),
+        None => (UNSIGNED, "is not signed for this Node any more".to_owned()),
+    };
+    let message = format!("the announcement {message}; the one before stays in force");
+    Some((before, issue(format!("Node/{name}"), ANNOTATION_SIGNATURE, reason, message)))
 }
 
 /// With an `external` pod network a node's prefixes say nothing: its pods do.

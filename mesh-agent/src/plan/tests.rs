@@ -43,6 +43,7 @@ fn node(name: &str, seed: u8, prefixes: &[&str], internal: &[&str]) -> Node {
         endpoints: Vec::new(),
         capabilities: Default::default(),
         pod_cidrs: Vec::new(),
+        signature: None,
     };
     Node {
         annotations: announcement.to_annotations(),

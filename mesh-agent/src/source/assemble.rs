@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use ebpf_policy::model::NetworkPolicy;
 use mesh_api::status::Issue;
 
 use super::decode::namespace::implied_labels;
@@ -163,7 +164,7 @@ impl<'a> Assembly<'a> {
                     cluster.services.insert(key.reference(), service.clone());
                 }
                 Object::Policy(policy) => {
-                    cluster.policies.insert(key.reference(), policy.clone());
+                    cluster.policies.insert(key.reference(), NetworkPolicy::clone(policy));
                 }
             }
         }

@@ -148,7 +148,7 @@ pub enum Object {
     /// A Service.
     Service(Service),
     /// A NetworkPolicy, perhaps failing closed.
-    Policy(model::NetworkPolicy),
+    Policy(Box<model::NetworkPolicy>),
 }
 
 /// What became of one manifest.
@@ -212,10 +212,10 @@ fn decode_from(kind: Kind, value: &Value, told: bool) -> Decoded {
             // refuses it too.
             problems.refuse_unknown("spec.");
             let before = problems.first_refusal().map(|p| format!("{}: {}", p.field, p.message));
-            Some(Object::Policy(match (typed, before) {
+            Some(Object::Policy(Box::new(match (typed, before) {
                 (Some(policy), None) => network_policy::decode(&policy, &key.reference(), problems),
                 (_, why) => network_policy::salvage(value, &key.reference(), &why.unwrap_or_default()),
-            }))
+            })))
         }
     };
     let keep = kind == Kind::NetworkPolicy || !found.is_refused();

@@ -49,8 +49,13 @@ fn head(status: &Status) -> String {
         }
         _ => String::new(),
     };
+    // That the API server sees to it is as it should be.
+    let trust = match status.announcement_trust.as_str() {
+        "" | "admission" => String::new(),
+        other => format!("\nTrust     {other}"),
+    };
     format!(
-        "Node      {}\nAgent     {}, up {}\nMesh      {}\nState     {enforced}\nSources   {sources}{keys}",
+        "Node      {}\nAgent     {}, up {}\nMesh      {}\nState     {enforced}\nSources   {sources}{keys}{trust}",
         status.node,
         status.version,
         age(status.uptime_seconds),
@@ -194,6 +199,7 @@ mod tests {
             }],
             issues: Vec::new(),
             rotation: Default::default(),
+            announcement_trust: "admission".to_owned(),
         }
     }
 

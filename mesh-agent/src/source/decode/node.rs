@@ -51,17 +51,24 @@ pub fn decode(node: &v1::Node, problems: &mut Problems) -> Node {
     out
 }
 
-/// Goes on with what the Node of that name announced `before`, where what it announces now is illegible: a slip of a hand
-/// in an annotation is repaired by its agent, and must cost no packet until then. A new UID is another node.
+/// Goes on with what the Node of that name announced `before`, where what it announces now is illegible, or signed by somebody
+/// else: a slip of a hand in an annotation is repaired by its agent, and must cost no packet until then. A new UID is another node.
 pub fn remember(name: &str, now: &mut Arc<Node>, before: &Node) {
     let legible =
         |annotations: &Labels| matches!(Announcement::from_annotations(name, annotations), Ok(Some(_)));
+    let signer = |annotations: &Labels| {
+        let announced = Announcement::from_annotations(name, annotations).ok().flatten();
+        announced.and_then(|announced| announced.signer(now.uid.as_deref()))
+    };
     let illegible = Announcement::from_annotations(name, &now.annotations).is_err();
-    if now.uid != before.uid || !illegible {
+    let (of_before, first) = (signer(&before.annotations), signer(&before.announced_before));
+    let expected = first.or(of_before);
+    let foreign = expected.is_some() && signer(&now.annotations) != expected;
+    if now.uid != before.uid || !(illegible || foreign) {
         return;
     }
     let now = Arc::make_mut(now);
-    now.announced_before = if legible(&before.annotations) {
+    now.announced_before = if legible(&before.annotations) && of_before == expected {
         let announced = before.annotations.iter().filter(|(key, _)| ANNOTATIONS.contains(&key.as_str()));
         announced.map(|(key, value)| (key.clone(), value.clone())).collect()
     } else {

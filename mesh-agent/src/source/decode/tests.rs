@@ -17,7 +17,7 @@ fn policy(spec: &str) -> NetworkPolicy {
         "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{name: p}}\nspec: {{podSelector: {{}}, {spec}}}"
     );
     match of(Kind::NetworkPolicy, &text) {
-        Object::Policy(policy) => policy,
+        Object::Policy(policy) => *policy,
         other => panic!("{other:?}"),
     }
 }
