@@ -17,6 +17,7 @@ mod tests;
 mod unknown;
 
 use std::fmt;
+use std::sync::Arc;
 
 use ebpf_policy::model;
 use k8s_openapi::api::{core, networking};
@@ -139,15 +140,15 @@ pub enum Object {
     /// `spec` of a MeshConfiguration.
     Mesh(Box<MeshConfigurationSpec>),
     /// A Node.
-    Node(Node),
+    Node(Arc<Node>),
     /// A Namespace's labels.
     Namespace(Labels),
     /// A Pod.
-    Pod(Pod),
+    Pod(Arc<Pod>),
     /// A Service.
     Service(Service),
     /// A NetworkPolicy, perhaps failing closed.
-    Policy(model::NetworkPolicy),
+    Policy(Box<model::NetworkPolicy>),
 }
 
 /// What became of one manifest.
@@ -167,7 +168,7 @@ impl Decoded {
     pub fn go_on_from(&mut self, before: &Self) {
         match (&mut self.object, &before.object) {
             (Some(Object::Node(now)), Some(Object::Node(before))) => {
-                node::remember(&self.key.name, now, before)
+                node::remember(&self.key.name, now, before);
             }
             (now @ None, before) => now.clone_from(before),
             _ => {}
@@ -195,11 +196,13 @@ fn decode_from(kind: Kind, value: &Value, told: bool) -> Decoded {
             .and_then(|object: MeshConfiguration| mesh::decode(object, problems))
             .map(|spec| Object::Mesh(Box::new(spec))),
         Kind::Node => typed(value, told, problems)
-            .map(|node: core::v1::Node| Object::Node(node::decode(&node, problems))),
+            .map(|node: core::v1::Node| Object::Node(Arc::new(node::decode(&node, problems)))),
         Kind::Namespace => typed(value, told, problems)
             .map(|object: core::v1::Namespace| Object::Namespace(namespace::decode(&object, problems))),
         Kind::Pod => {
-            typed(value, told, problems).map(|pod: core::v1::Pod| Object::Pod(pod::decode(&pod, problems)))
+            let pod =
+                typed(value, told, problems).map(|pod: core::v1::Pod| pod::decode(&key, &pod, problems));
+            pod.map(|pod| Object::Pod(Arc::new(pod)))
         }
         Kind::Service => typed(value, told, problems)
             .map(|service: core::v1::Service| Object::Service(service::decode(&service, problems))),
@@ -209,10 +212,10 @@ fn decode_from(kind: Kind, value: &Value, told: bool) -> Decoded {
             // refuses it too.
             problems.refuse_unknown("spec.");
             let before = problems.first_refusal().map(|p| format!("{}: {}", p.field, p.message));
-            Some(Object::Policy(match (typed, before) {
+            Some(Object::Policy(Box::new(match (typed, before) {
                 (Some(policy), None) => network_policy::decode(&policy, &key.reference(), problems),
                 (_, why) => network_policy::salvage(value, &key.reference(), &why.unwrap_or_default()),
-            }))
+            })))
         }
     };
     let keep = kind == Kind::NetworkPolicy || !found.is_refused();
