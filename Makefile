@@ -19,8 +19,8 @@ peers: setup ## Fetch and build the other WireGuard and CNI programs that tests 
 demo: build ## Three encrypted hosts with real packets; KEEP=1 leaves them up to play with
 	$(BIN)/mesh-lab demo $(if $(KEEP),--keep)
 
-bench: build ## mesh-datapath beside wireguard-go and others (as root; 15 minutes); BENCH="--quick --only margay,wireguard-go" for less
-	cargo build --release --locked -p mesh-datapath --examples
+bench: build ## mesh-datapath beside wireguard-go and others, mesh-agent among a thousand nodes (as root; 45 minutes); BENCH="--quick --only margay,wireguard-go" for less
+	cargo build --release --locked --workspace --examples
 	.ci/peers bench
 	$(BIN)/mesh-lab bench $(BENCH)
 

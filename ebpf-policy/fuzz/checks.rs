@@ -11,7 +11,7 @@ pub fn packet(data: &[u8]) {
     let own = Pod { namespace: "x".into(), name: "a".into(), ..Pod::default() };
     let ips = vec!["10.0.0.1".parse().expect("IPv4"), "fd00::1".parse().expect("IPv6")];
     let endpoint = LocalEndpoint { ifindex: 7, ifname: "mgya".into(), pod: Some(own.reference()), ips };
-    let view = ClusterView { pods: vec![own], ..ClusterView::default() };
+    let view = ClusterView { pods: vec![own.into()], ..ClusterView::default() };
     let ranges = Ranges {
         remote: vec!["10.0.0.0/8".parse().expect("prefix"), "fd00::/8".parse().expect("prefix")],
         own: vec!["10.0.0.1/32".parse().expect("prefix")],

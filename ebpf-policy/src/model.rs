@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
@@ -17,14 +18,32 @@ pub type Labels = BTreeMap<String, String>;
 /// Everything in the cluster that policy depends on.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ClusterView {
-    /// Every pod of the cluster, this node's included.
-    pub pods: Vec<Pod>,
+    /// Every pod of the cluster, this node's included. They are many, and one view shares most of them with the next.
+    #[serde(with = "shared")]
+    pub pods: Vec<Arc<Pod>>,
     /// Labels by namespace name. A namespace that is not listed matches no namespace selector, not even the empty one.
     pub namespaces: BTreeMap<String, Labels>,
     /// Every NetworkPolicy, valid or not.
     pub policies: Vec<NetworkPolicy>,
     /// Addresses from which kube-proxy sends packets on to others: policy looks at those others.
     pub services: BTreeSet<ServiceAddress>,
+}
+
+/// Shared values, written as if they were not (serde's own feature for it would be every crate's).
+mod shared {
+    use std::sync::Arc;
+
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub(super) fn serialize<T: Serialize, S: Serializer>(list: &[Arc<T>], to: S) -> Result<S::Ok, S::Error> {
+        to.collect_seq(list.iter().map(|one| &**one))
+    }
+
+    pub(super) fn deserialize<'de, T: Deserialize<'de>, D: Deserializer<'de>>(
+        from: D,
+    ) -> Result<Vec<Arc<T>>, D::Error> {
+        Ok(Vec::<T>::deserialize(from)?.into_iter().map(Arc::new).collect())
+    }
 }
 
 /// An address at which a Service is reached.
@@ -58,6 +77,9 @@ pub struct Pod {
     pub namespace: String,
     /// Name of the pod.
     pub name: String,
+    /// `metadata.uid`, where there is one: for what is told of the pod.
+    #[serde(default)]
+    pub uid: Option<String>,
     /// `metadata.labels`.
     pub labels: Labels,
     /// `spec.nodeName`, once scheduled.

@@ -4,6 +4,7 @@
 //! it can be asked for a second opinion at run time.
 
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use crate::model::{
     ClusterView, Direction, LocalEndpoint, NetworkPolicy, Peer, Pod, PodRef, Port, PortNumber, Rule, RuleName,
@@ -134,7 +135,7 @@ fn port_matches(view: &ClusterView, port: &Port, pod: &Pod, flow: &Flow) -> bool
 /// Whether some pod has the address and the condition holds for each that has: a stale claim to an address must not open it.
 fn every_pod_at(view: &ClusterView, address: IpAddr, condition: impl Fn(&Pod) -> bool) -> bool {
     let mut pods = view.pods.iter().filter(|pod| pod.is_policed() && pod.ips.contains(&address)).peekable();
-    pods.peek().is_some() && pods.all(condition)
+    pods.peek().is_some() && pods.all(|pod| condition(pod))
 }
 
 impl ClusterView {
@@ -143,12 +144,12 @@ impl ClusterView {
         let mut view = self.clone();
         for endpoint in local {
             for pod in &mut view.pods {
-                pod.ips.retain(|ip| !endpoint.ips.contains(ip));
+                Arc::make_mut(pod).ips.retain(|ip| !endpoint.ips.contains(ip));
             }
         }
         for endpoint in local {
             let owner = view.pods.iter_mut().find(|pod| Some(pod.reference()) == endpoint.pod);
-            owner.into_iter().for_each(|pod| pod.ips.extend(&endpoint.ips));
+            owner.into_iter().for_each(|pod| Arc::make_mut(pod).ips.extend(&endpoint.ips));
         }
         view
     }

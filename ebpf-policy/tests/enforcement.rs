@@ -33,7 +33,7 @@ fn view(pods: &[&Pod], policies: Vec<NetworkPolicy>) -> ClusterView {
         ..Default::default()
     };
     ClusterView {
-        pods: pods.iter().map(pod).collect(),
+        pods: pods.iter().map(pod).map(Into::into).collect(),
         namespaces: BTreeMap::from([("shop".to_owned(), Labels::new())]),
         policies,
         ..ClusterView::default()

@@ -20,7 +20,7 @@ fn two_pods(host: &Host) -> (common::Pod, common::Pod, ebpf_policy::Compiled) {
     let (a, b) = (host.pod("a", &["10.1.0.1"]), host.pod("b", &["10.1.0.2"]));
     b.serve_tcp(PORT);
     let pods = [&a, &b].map(|pod| Pod { namespace: "x".into(), name: pod.name.clone(), ..Pod::default() });
-    let view = ClusterView { pods: pods.to_vec(), ..ClusterView::default() };
+    let view = ClusterView { pods: pods.map(Into::into).into(), ..ClusterView::default() };
     let compiled = compile(&view, &[a.endpoint("x"), b.endpoint("x")], &Ranges::default());
     let mut enforcer = Enforcer::open(&Options::new(host.pin_dir())).unwrap();
     for pod in [&a, &b] {

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::io::Write;
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::time::Duration;
 
 use common::packet::Spec;
@@ -67,7 +68,7 @@ fn compiled(
     };
     let here = local.iter().map(|of| pod(&of.name, of.ips.clone()));
     let view = ClusterView {
-        pods: here.chain(remote.iter().map(|(name, ip)| pod(name, vec![*ip]))).collect(),
+        pods: here.chain(remote.iter().map(|(name, ip)| pod(name, vec![*ip]))).map(Arc::new).collect(),
         namespaces: BTreeMap::from([("shop".to_owned(), Labels::new())]),
         policies,
         services: services.iter().copied().collect(),
@@ -316,7 +317,7 @@ fn simulated() -> Simulation {
         ips: vec!["10.1.0.1".parse().unwrap()],
     };
     let view = ClusterView {
-        pods: vec![own],
+        pods: vec![own.into()],
         policies: vec![egress("a", &[], &["10.2.0.1/32"])],
         services: [service(VIP, None)].into(),
         ..ClusterView::default()

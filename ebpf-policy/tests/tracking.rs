@@ -49,7 +49,7 @@ fn compiled(ingress: &[&str], egress: &[&str]) -> Compiled {
         pod: Some(own.reference()),
         ips: vec![pod(), "fd00::1".parse().unwrap()],
     };
-    let view = ClusterView { pods: vec![own], policies: vec![policy], ..ClusterView::default() };
+    let view = ClusterView { pods: vec![own.into()], policies: vec![policy], ..ClusterView::default() };
     compile(&view, &[endpoint], &Ranges::default())
 }
 

@@ -5,7 +5,7 @@ mod common;
 
 use common::{Cluster, OWN, addr, announcement, backed, key, net, nets, plain};
 use keyservice::admission::{Admission, Incumbents, Rules, admit, reason};
-use keyservice::{Authority, Claim, PublicKey, Refusal};
+use keyservice::{AnnouncementKey, Authority, Claim, PrivateKey, PublicKey, Refusal, SigningKey};
 
 fn decide(claims: &[Claim], memory: &Admission) -> Admission {
     admit(claims, &memory.incumbents, &Cluster::default().rules())
@@ -342,4 +342,60 @@ fn host_bits_in_an_authoritys_prefix_are_masked() {
         Claim { announcement: announcement("a", &[1], &[]), authority: Authority::default(), signer: None };
     claim.authority.pod_cidrs = nets(&["10.42.1.7/24", "10.42.1.0/25"]);
     assert_eq!(cold(&[claim]).admitted[0].pod_cidrs, [net("10.42.1.0/24")]);
+}
+
+fn signer(byte: u8) -> AnnouncementKey {
+    SigningKey::derive(&PrivateKey::from_bytes(&[byte; 32])).unwrap().public()
+}
+
+/// Node `name` of this UID, with a WireGuard key, its announcement signed by `by`.
+fn signed(name: &str, uid: &str, key: u8, by: Option<u8>) -> Claim {
+    Claim { signer: by.map(signer), ..with_uid(plain(name, &[key], &[]), uid) }
+}
+
+fn on_first_use(claims: &[Claim], memory: &Admission, trusted: &[(&str, u8)]) -> Admission {
+    let trusted = trusted.iter().map(|(name, by)| ((*name).to_owned(), signer(*by))).collect();
+    let cluster = Cluster::default();
+    admit(claims, &memory.incumbents, &Rules { first_use: Some(&trusted), ..cluster.rules() })
+}
+
+#[test]
+fn on_first_use_the_first_signer_of_a_node_is_believed_and_no_other() {
+    let first =
+        on_first_use(&[signed("a", "u", 1, Some(1)), signed("b", "v", 2, None)], &Admission::default(), &[]);
+    assert_eq!(names(&first), ["a"]);
+    assert_eq!(reasons(&first.refused), [("b", reason::UNSIGNED)]);
+    // It may say something new, under the same key only; what it holds stays its own.
+    let same = on_first_use(&[signed("a", "u", 3, Some(1))], &first, &[]);
+    assert_eq!(same.admitted[0].keys[0].public_key, key(3));
+    for (by, why) in [(Some(2), reason::KEY_CHANGED), (None, reason::UNSIGNED)] {
+        let other = on_first_use(&[signed("a", "u", 4, by), signed("c", "w", 1, Some(9))], &first, &[]);
+        assert_eq!(reasons(&other.refused), [("a", why), ("c", reason::DUPLICATE_KEY)]);
+        assert_eq!(other.incumbents.0["a"], first.incumbents.0["a"]);
+    }
+}
+
+#[test]
+fn another_signer_is_believed_once_somebody_says_so_and_from_then_on() {
+    let first = on_first_use(&[signed("a", "u", 1, Some(1))], &Admission::default(), &[]);
+    let claim = [signed("a", "u", 1, Some(2))];
+    assert!(on_first_use(&claim, &first, &[("a", 3), ("b", 2)]).admitted.is_empty());
+    let trusted = on_first_use(&claim, &first, &[("a", 2)]);
+    assert_eq!(names(&trusted), ["a"]);
+    assert_eq!(names(&on_first_use(&claim, &trusted, &[])), ["a"], "it is pinned now");
+    assert!(on_first_use(&[signed("a", "u", 1, Some(1))], &trusted, &[]).admitted.is_empty());
+}
+
+#[test]
+fn a_rebuilt_node_is_seen_for_the_first_time() {
+    let first = on_first_use(&[signed("a", "u", 1, Some(1))], &Admission::default(), &[]);
+    assert_eq!(names(&on_first_use(&[signed("a", "u2", 1, Some(2))], &first, &[])), ["a"]);
+}
+
+#[test]
+fn pins_are_kept_where_the_api_server_sees_to_it_and_do_not_count_there() {
+    let first = on_first_use(&[signed("a", "u", 1, Some(1))], &Admission::default(), &[]);
+    let other = decide(&[signed("a", "u", 1, None)], &first);
+    assert_eq!(names(&other), ["a"]);
+    assert!(on_first_use(&[signed("a", "u", 1, Some(2))], &other, &[]).admitted.is_empty());
 }

@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 
 use ipnet::IpNet;
 use keyservice::PublicKey;
@@ -42,7 +43,7 @@ pub struct Desired {
     /// Source NAT for pods leaving the cluster; `None` for none.
     pub masquerade: Option<Masquerade>,
     /// What policy is to be enforced and where.
-    pub policy: Policy,
+    pub policy: Arc<Policy>,
 }
 
 /// Who carries the packets of a WireGuard device, and so who makes its link.
@@ -152,7 +153,7 @@ pub struct Masquerade {
 }
 
 /// The policy engine's input, and the devices it is attached to.
-#[derive(Debug, Clone, PartialEq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Policy {
     /// Pods, namespaces and policies of the cluster.
     pub view: ebpf_policy::model::ClusterView,

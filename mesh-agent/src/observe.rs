@@ -25,7 +25,7 @@ use crate::status::{Board, DeviceSeen, Healths, PeerTracker};
 use crate::store::Store;
 use crate::wireguard::Datapaths;
 
-/// Between two looks; more where a look takes long, so that looking takes 5 % of a core at most.
+/// Between two looks; more where a look takes long, as with a thousand peers, so that a node at rest is at rest.
 const PERIOD: Duration = Duration::from_secs(1);
 /// The longest between two looks: what is silent has to be noticed in time.
 const LONGEST: Duration = Duration::from_secs(2);
@@ -79,7 +79,7 @@ impl Observer {
             sleep(pause).await;
             let start = Instant::now();
             let looked = self.look().await;
-            pause = (start.elapsed() * 20).clamp(PERIOD, LONGEST);
+            pause = (start.elapsed() * 100).clamp(PERIOD, LONGEST);
             match looked {
                 Ok(answering) => {
                     if answering > before {

@@ -14,6 +14,7 @@ mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 
 use ipnet::IpNet;
 use keyservice::rotation::device_of;
@@ -96,7 +97,7 @@ pub fn plan(snapshot: &Snapshot) -> Planned {
     for slot in &snapshot.local.rotation.slots {
         desired.wireguard.insert(name_of(slot.epoch).to_owned(), peers.device(snapshot, slot));
     }
-    desired.policy = policy::policy(snapshot, &members.own, &peers, &addresses);
+    desired.policy = Arc::new(policy::policy(snapshot, &members.own, &peers, &addresses));
     Planned {
         desired,
         issues,

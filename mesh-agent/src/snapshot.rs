@@ -12,6 +12,9 @@ use keyservice::rotation::{Settings, State};
 use keyservice::{AnnouncementKey, Incumbents, PublicKey};
 use mesh_api::status::{Issue, SourceStatus};
 
+/// A Pod object, in the policy engine's own model.
+pub use ebpf_policy::model::Pod;
+
 /// Labels or annotations.
 pub type Labels = BTreeMap<String, String>;
 
@@ -48,16 +51,17 @@ pub struct Snapshot {
 }
 
 /// The cluster's objects in the slim form the plan needs.
-#[derive(Debug, Clone, PartialEq, Default)]
+// `Eq`, so that one is known to equal itself without a look at all of it.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Cluster {
     /// The cluster-wide wish, as it applies to this node (overrides by selector already merged).
     pub mesh: crate::snapshot::MeshSpec,
     /// Nodes by name.
-    pub nodes: BTreeMap<String, Node>,
+    pub nodes: BTreeMap<String, Arc<Node>>,
     /// Namespaces' labels by name (with `kubernetes.io/metadata.name`).
     pub namespaces: BTreeMap<String, Labels>,
-    /// Pods.
-    pub pods: BTreeMap<ObjectRef, Pod>,
+    /// Pods, shared with the plan's policy.
+    pub pods: BTreeMap<ObjectRef, Arc<Pod>>,
     /// Services.
     pub services: BTreeMap<ObjectRef, Service>,
     /// NetworkPolicies, in the policy engine's own model; a broken one is there too, failing closed.
@@ -85,29 +89,6 @@ pub struct Node {
     pub internal_ips: Vec<IpAddr>,
     /// `status.addresses` of type ExternalIP.
     pub external_ips: Vec<IpAddr>,
-}
-
-/// A Pod object.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Pod {
-    /// `metadata.uid`, where there is one.
-    pub uid: Option<String>,
-    /// Labels.
-    pub labels: Labels,
-    /// `spec.nodeName`.
-    pub node: String,
-    /// `status.podIPs`, every entry.
-    pub ips: Vec<IpAddr>,
-    /// `spec.hostNetwork`.
-    pub host_network: bool,
-    /// Phase Succeeded or Failed: its addresses are no longer its own.
-    pub finished: bool,
-    /// `metadata.deletionTimestamp` is set.
-    pub terminating: bool,
-    /// Declared container ports (native-sidecar init containers' too): (name, number, protocol).
-    pub ports: Vec<(String, u16, String)>,
-    /// The IPPools it asks for by annotation, IPv4's and IPv6's, by name or prefix; the first with an address left counts.
-    pub pools: Option<Box<[Vec<String>; 2]>>,
 }
 
 /// A Service object, as far as it changes packets' destinations.

@@ -189,7 +189,7 @@ mod tests {
     fn an_unreadable_source_keeps_its_objects() {
         let store = Store::new(&["directory"]);
         let mut cluster = Cluster::default();
-        cluster.nodes.insert("a".into(), crate::snapshot::Node::default());
+        cluster.nodes.insert("a".into(), Arc::default());
         store.set_cluster("directory", cluster, 1);
         store.set_cluster_issues(vec![mesh_api::status::Issue {
             object: "file .".into(),

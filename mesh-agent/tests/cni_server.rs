@@ -124,13 +124,13 @@ fn cluster(pods: &[(&str, &[&str])]) -> Cluster {
     };
     let pods = pods.iter().map(|(name, ips)| {
         let ips = ips.iter().map(|ip| ip.parse().unwrap()).collect();
-        let pod = Pod { node: "a".into(), ips, ..Pod::default() };
-        (ObjectRef { namespace: "default".into(), name: (*name).into() }, pod)
+        let pod = Pod { node: Some("a".into()), ips, ..Pod::default() };
+        (ObjectRef { namespace: "default".into(), name: (*name).into() }, pod.into())
     });
     let pools = vec!["10.1.0.0/16".parse().unwrap(), "fd00:1::/32".parse().unwrap()];
     Cluster {
         mesh: MeshSpec { pools, ..MeshSpec::default() },
-        nodes: [("a".to_owned(), node)].into(),
+        nodes: [("a".to_owned(), node.into())].into(),
         namespaces: [("default".to_owned(), Default::default())].into(),
         pods: pods.collect(),
         ..Cluster::default()

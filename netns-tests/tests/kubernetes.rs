@@ -413,3 +413,61 @@ fn another_plugins_pods_are_encrypted_and_left_alone() {
     .unwrap();
     nothing_in_clear(capture);
 }
+
+#[test]
+fn without_admission_policies_the_first_signer_of_a_node_is_believed() {
+    let more = format!("mesh: {{announcementTrust: first-use}}\n{SERVER}");
+    let mut lab = Lab::plug(nodes("ab", &more), &bins()).unwrap();
+    lab.address().unwrap();
+    lab.write_cluster().unwrap();
+    let cluster = lab.cluster().unwrap();
+    cluster.kubectl(&["delete", "validatingadmissionpolicybindings", "--all"]).unwrap();
+    for name in ["a", "b"] {
+        lab.start_node(name).unwrap();
+    }
+    lab.settle(LONG).unwrap();
+    lab.start_pods().unwrap();
+    let cluster = lab.cluster().unwrap();
+    let traffic = flows(&lab);
+    assert!(lab.host("a").unwrap().run(&["meshctl", "status"]).unwrap().contains("trust-on-first-use"));
+    assert_eq!(lab.agent("a").unwrap().status().unwrap().announcement_trust, "trust-on-first-use");
+
+    // A hand changes what b says: what it said before stays in force until it says it again.
+    let endpoints = annotation(&node(&cluster, "b"), "margay.io/endpoints");
+    let edit = "margay.io/endpoints=192.0.2.77:51820";
+    cluster.kubectl(&["annotate", "--overwrite", "node", "b", edit]).unwrap();
+    wait::until("b to repair its announcement", LONG, || {
+        Ok((annotation(&node(&cluster, "b"), "margay.io/endpoints") == endpoints).then_some(()))
+    })
+    .unwrap();
+
+    // Somebody has another node say what b says.
+    let mut thief = node(&cluster, "b");
+    thief["metadata"] = json!({"name": "z", "annotations": thief["metadata"]["annotations"]});
+    thief["spec"] = json!({});
+    cluster.client().apply(&thief).unwrap();
+    has_issue(&lab, "a", "UnsignedAnnouncement", "Node/z");
+    cluster.client().delete(&thief).unwrap();
+    has_no_issue(&lab, "a");
+
+    // b comes back with another key to sign with: that waits for somebody who knows.
+    let before = annotation(&node(&cluster, "b"), "margay.io/announcement-signature");
+    let b = lab.host("b").unwrap();
+    b.stop_unit("mesh-agent").unwrap();
+    b.remove("/var/lib/margay/announcement-key").unwrap();
+    lab.start_agent("b").unwrap();
+    has_issue(&lab, "a", "AnnouncementKeyChanged", "Node/b");
+    assert_ne!(annotation(&node(&cluster, "b"), "margay.io/announcement-signature"), before);
+    reach(&lab, &[("pa", "pb")]);
+    // After a restart nothing is left to stay in force; the device goes on by itself meanwhile.
+    let a = lab.host("a").unwrap();
+    let said = a.run(&["meshctl", "nodes", "trust", "b"]).unwrap();
+    assert!(said.contains("node b"), "{said}");
+    has_no_issue(&lab, "a");
+    lab.settle_node("a", LONG).unwrap();
+    a.kill_unit("mesh-agent").unwrap();
+    lab.settle_node("a", LONG).unwrap();
+    has_no_issue(&lab, "a");
+    assert!(a.run(&["meshctl", "nodes", "trust", "nobody"]).is_err());
+    nothing_lost(traffic);
+}

@@ -141,7 +141,7 @@ fn change() -> impl Strategy<Value = (Compiled, Compiled)> {
     (cluster(), policies(), any::<bool>()).prop_map(|(before, policies, swap)| {
         let mut after = ClusterView { policies, ..before.clone() };
         if swap && let [first, .., last] = &mut after.pods[..] {
-            std::mem::swap(&mut first.labels, &mut last.labels);
+            std::mem::swap(&mut Arc::make_mut(first).labels, &mut Arc::make_mut(last).labels);
         }
         let compiled = |view: &ClusterView| compile(view, &local(view, [11, 12]));
         (compiled(&before), compiled(&after))

@@ -88,7 +88,7 @@ fn owners<'a>(view: &'a ClusterView, local: &[LocalEndpoint]) -> BTreeMap<IpAddr
             owners.entry(ip.to_canonical()).or_default().pods.push(pod);
         }
     }
-    let by_name: HashMap<PodRef, &Pod> = view.pods.iter().map(|pod| (pod.reference(), pod)).collect();
+    let by_name: HashMap<PodRef, &Pod> = view.pods.iter().map(|pod| (pod.reference(), &**pod)).collect();
     for endpoint in local {
         let pod = endpoint.pod.as_ref().and_then(|name| by_name.get(name)).copied();
         for ip in &endpoint.ips {

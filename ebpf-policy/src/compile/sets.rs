@@ -51,7 +51,7 @@ impl Sets {
         for list in policies.values_mut() {
             list.sort_by_key(|policy| &policy.name);
         }
-        let pods: HashMap<PodRef, &Pod> = view.pods.iter().map(|pod| (pod.reference(), pod)).collect();
+        let pods: HashMap<PodRef, &Pod> = view.pods.iter().map(|pod| (pod.reference(), &**pod)).collect();
         let mut sets = Self::default();
         for endpoint in local {
             compiled.names.pods.extend(endpoint.pod.clone().map(|pod| (endpoint.ifindex, pod)));

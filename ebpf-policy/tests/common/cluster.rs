@@ -142,6 +142,7 @@ pub fn cluster() -> impl Strategy<Value = ClusterView> {
             pod.name = format!("pod{n}");
         }
         let namespaces = BTreeMap::from([("x".to_owned(), x), ("y".to_owned(), y)]);
+        let pods = pods.into_iter().map(Into::into).collect();
         ClusterView { pods, namespaces, policies, ..ClusterView::default() }
     })
 }

@@ -57,10 +57,7 @@ impl Server {
 fn wish(snapshot: &Snapshot, ask: &Ask) -> Wish {
     let cluster = &snapshot.cluster;
     let namespace = cluster.namespaces.get(&ask.pod.namespace);
-    let [ipv4_pools, ipv6_pools] = match cluster.pods.get(&ask.pod).and_then(|pod| pod.pools.as_deref()) {
-        Some(pools) => pools.clone(),
-        None => Default::default(),
-    };
+    let [ipv4_pools, ipv6_pools] = cluster.ipam.wanted.get(&ask.pod).cloned().unwrap_or_default();
     Wish {
         namespace_labels: namespace.cloned().unwrap_or_default(),
         ipv4_pools,

@@ -56,11 +56,13 @@ mod tests {
         let name = |name: &str| ObjectRef { namespace: "default".into(), name: name.into() };
         let cluster = Cluster {
             nodes: [
-                ("a".to_owned(), node("10.1.1.0/24", "192.0.2.1")),
-                ("b".to_owned(), node("10.1.2.0/24", "192.0.2.2")),
+                ("a".to_owned(), node("10.1.1.0/24", "192.0.2.1").into()),
+                ("b".to_owned(), node("10.1.2.0/24", "192.0.2.2").into()),
             ]
             .into(),
-            pods: [(name("live"), pod("10.1.1.9", false)), (name("done"), pod("10.1.1.8", true))].into(),
+            pods: [("live", "10.1.1.9", false), ("done", "10.1.1.8", true)]
+                .map(|(of, address, finished)| (name(of), pod(address, finished).into()))
+                .into(),
             ..Cluster::default()
         };
         let local = Local { node_name: "a".into(), ..Local::default() };

@@ -154,7 +154,7 @@ mod tests {
 
     fn snapshot(annotations: Labels, uid: Option<&str>) -> Snapshot {
         let node = SlimNode { uid: uid.map(str::to_owned), annotations, ..SlimNode::default() };
-        let cluster = Cluster { nodes: [("a".to_owned(), node)].into(), ..Cluster::default() };
+        let cluster = Cluster { nodes: [("a".to_owned(), node.into())].into(), ..Cluster::default() };
         let local = Local { node_name: "a".to_owned(), ..Local::default() };
         Snapshot { cluster: Arc::new(cluster), local, ..Snapshot::default() }
     }

@@ -238,7 +238,7 @@ mod tests {
             annotations: [("margay.io/keys".to_owned(), String::new())].into(),
             ..Node::default()
         };
-        let nodes = names.iter().map(|name| ((*name).to_owned(), node.clone())).collect();
+        let nodes = names.iter().map(|name| ((*name).to_owned(), Arc::new(node.clone()))).collect();
         Snapshot {
             synced: true,
             cluster: Arc::new(Cluster { nodes, ..Cluster::default() }),

@@ -1,6 +1,6 @@
 //! Which pod has which address, and which addresses lie outside their node's prefixes.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
@@ -71,11 +71,12 @@ impl Addresses {
                 issues.push(issue(object(), "status.podIPs", "AddressOutsidePools", message));
                 continue;
             }
-            if pod.node == own_name {
+            let node = pod.node.as_deref().unwrap_or_default();
+            if node == own_name {
                 out.own.insert(ip);
                 continue;
             }
-            let Some(peer) = members.peers.get(&pod.node) else { continue };
+            let Some(peer) = members.peers.get(node) else { continue };
             if !in_any(&peer.pod_cidrs, ip) {
                 out.exceptions.entry(peer.name.clone()).or_default().insert(ip);
             }
@@ -94,9 +95,9 @@ impl Addresses {
 }
 
 /// The addresses that are never a pod's.
-fn nodes<'a>(snapshot: &'a Snapshot, members: &'a Members) -> BTreeMap<IpAddr, Holder<'a>> {
+fn nodes<'a>(snapshot: &'a Snapshot, members: &'a Members) -> HashMap<IpAddr, Holder<'a>> {
     let own_name = snapshot.local.node_name.as_str();
-    let mut held = BTreeMap::new();
+    let mut held = HashMap::new();
     for (name, node) in &snapshot.cluster.nodes {
         for ip in node.internal_ips.iter().chain(&node.external_ips) {
             held.entry(*ip).or_insert(Holder::Node(name));
@@ -124,16 +125,22 @@ fn nodes<'a>(snapshot: &'a Snapshot, members: &'a Members) -> BTreeMap<IpAddr, H
 fn claims<'a>(snapshot: &'a Snapshot, members: &'a Members) -> Vec<(&'a ObjectRef, &'a Pod, IpAddr)> {
     let own_name = snapshot.local.node_name.as_str();
     let at_home = |pod: &Pod, ip: IpAddr| {
-        let own = (pod.node == own_name).then_some(&members.own.pod_cidrs);
-        let home = own.or_else(|| members.peers.get(&pod.node).map(|peer| &peer.pod_cidrs));
+        let node = pod.node.as_deref().unwrap_or_default();
+        let own = (node == own_name).then_some(&members.own.pod_cidrs);
+        let home = own.or_else(|| members.peers.get(node).map(|peer| &peer.pod_cidrs));
         home.is_some_and(|home| in_any(home, ip))
     };
     let networked = snapshot.cluster.pods.iter().filter(|(_, pod)| {
         // A pod that was not scheduled, or is done, has no address, whatever its status still says.
-        !pod.host_network && !pod.finished && !pod.node.is_empty()
+        !pod.host_network && !pod.finished && pod.node.is_some()
     });
-    let mut claims: Vec<_> =
-        networked.flat_map(|(name, pod)| pod.ips.iter().map(move |ip| (name, pod, *ip))).collect();
-    claims.sort_by_key(|(name, pod, ip)| (pod.terminating, !at_home(pod, *ip), *name, *ip));
-    claims
+    let mut ranked = Vec::new();
+    for (name, pod) in networked {
+        let mut ips = pod.ips.clone();
+        ips.sort();
+        ranked.extend(ips.into_iter().map(|ip| ((pod.terminating, !at_home(pod, ip)), name, &**pod, ip)));
+    }
+    // Of one rank they stay in the order of their names and addresses, in which they come.
+    ranked.sort_by_key(|(rank, ..)| *rank);
+    ranked.into_iter().map(|(_, name, pod, ip)| (name, pod, ip)).collect()
 }

@@ -70,7 +70,7 @@ impl Members {
                 }
             }
         }
-        let own_node = cluster.nodes.get(&local.node_name);
+        let own_node = cluster.nodes.get(&local.node_name).map(|node| &**node);
         if let Some(announcement) = announced {
             silent.remove(&local.node_name);
             let authority = own_node.map(|node| authority(node, foreign)).unwrap_or_default();

@@ -39,7 +39,7 @@ impl Peers {
         let mut owners = ours(snapshot, members);
         let meetings = Meetings::of(snapshot, members);
         for (name, admitted) in &members.peers {
-            let node = snapshot.cluster.nodes.get(name);
+            let node = snapshot.cluster.nodes.get(name).map(|node| &**node);
             let mut allowed_ips = BTreeSet::new();
             let mut take = |prefix: IpNet| {
                 let owner = owners.entry(prefix).or_insert(name);

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use ebpf_policy::model;
 
@@ -20,7 +21,7 @@ pub(super) fn policy(snapshot: &Snapshot, own: &Own, peers: &Peers, addresses: &
         own.addresses.iter().chain(&own.tunnel_addresses).chain(local).chain(of_others).copied();
     Policy {
         view: model::ClusterView {
-            pods: cluster.pods.iter().map(|(name, pod)| of_pod(name, pod, &addresses.lost)).collect(),
+            pods: pods(snapshot, addresses),
             namespaces: cluster.namespaces.clone(),
             policies: cluster.policies.values().cloned().collect(),
             services: services(snapshot, own, addresses),
@@ -45,27 +46,16 @@ fn services(snapshot: &Snapshot, own: &Own, addresses: &Addresses) -> BTreeSet<m
     whole.chain(ports).collect()
 }
 
-fn of_pod(name: &ObjectRef, pod: &Pod, lost: &BTreeSet<(ObjectRef, IpAddr)>) -> model::Pod {
-    let holds = |ip: &IpAddr| lost.is_empty() || !lost.contains(&(name.clone(), *ip));
-    model::Pod {
-        namespace: name.namespace.clone(),
-        name: name.name.clone(),
-        labels: pod.labels.clone(),
-        node: Some(pod.node.clone()).filter(|node| !node.is_empty()),
-        ips: pod.ips.iter().filter(|ip| holds(ip)).copied().collect(),
-        ports: pod.ports.iter().filter_map(named_port).collect(),
-        host_network: pod.host_network,
-        finished: pod.finished,
-        terminating: pod.terminating,
-    }
-}
-
-fn named_port((name, number, protocol): &(String, u16, String)) -> Option<model::NamedPort> {
-    let protocol = match protocol.as_str() {
-        "TCP" => model::Protocol::Tcp,
-        "UDP" => model::Protocol::Udp,
-        "SCTP" => model::Protocol::Sctp,
-        _ => return None,
+/// The pods, each without the addresses that it lost.
+fn pods(snapshot: &Snapshot, addresses: &Addresses) -> Vec<Arc<Pod>> {
+    let losers: BTreeSet<&ObjectRef> = addresses.lost.iter().map(|(name, _)| name).collect();
+    let pod = |(name, pod): (&ObjectRef, &Arc<Pod>)| {
+        if !losers.contains(name) {
+            return Arc::clone(pod);
+        }
+        let mut pod = Pod::clone(pod);
+        pod.ips.retain(|ip| !addresses.lost.contains(&(name.clone(), *ip)));
+        Arc::new(pod)
     };
-    (!name.is_empty()).then(|| model::NamedPort { name: name.clone(), protocol, number: *number })
+    snapshot.cluster.pods.iter().map(pod).collect()
 }

@@ -55,7 +55,20 @@ fn node(name: &str, seed: u8, prefixes: &[&str], internal: &[&str]) -> Node {
 }
 
 fn pod(node: &str, ips: &[&str]) -> Pod {
-    Pod { node: node.into(), ips: ips.iter().copied().map(ip).collect(), ..Pod::default() }
+    let node = Some(node.to_owned()).filter(|node| !node.is_empty());
+    Pod { node, ips: ips.iter().copied().map(ip).collect(), ..Pod::default() }
+}
+
+/// Puts a pod of this name into the cluster.
+fn add_pod(cluster: &mut Cluster, name: &str, pod: Pod) {
+    let key = pod_name(name);
+    let pod = Pod { namespace: key.namespace.clone(), name: key.name.clone(), ..pod };
+    cluster.pods.insert(key, pod.into());
+}
+
+/// A node of the cluster, to be changed.
+fn node_mut<'a>(cluster: &'a mut Cluster, name: &str) -> &'a mut Node {
+    Arc::make_mut(cluster.nodes.get_mut(name).unwrap())
 }
 
 /// A key of this node.
@@ -76,7 +89,7 @@ fn three_nodes() -> (Cluster, Snapshot) {
         let v4 = format!("10.244.{index}.0/24");
         let v6 = format!("fd00:10:{index}::/64");
         let address = format!("192.0.2.{index}");
-        cluster.nodes.insert(name.into(), node(name, index, &[&v4, &v6], &[&address]));
+        cluster.nodes.insert(name.into(), node(name, index, &[&v4, &v6], &[&address]).into());
     }
     let local = Local { node_name: "a".into(), rotation: one_key(), ..Local::default() };
     (cluster, Snapshot { generation: 7, synced: true, local, ..Snapshot::default() })

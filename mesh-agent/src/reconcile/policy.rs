@@ -158,7 +158,7 @@ pub struct PolicyReconciler {
     board: Board,
     netlink: Netlink,
     /// What the last plan compiled to.
-    compiled: Option<(desired::Policy, Arc<Compiled>)>,
+    compiled: Option<(Arc<desired::Policy>, Arc<Compiled>)>,
 }
 
 impl PolicyReconciler {
@@ -217,14 +217,14 @@ impl PolicyReconciler {
         Ok(report)
     }
 
-    fn compile(&mut self, policy: &desired::Policy) -> Arc<Compiled> {
+    fn compile(&mut self, policy: &Arc<desired::Policy>) -> Arc<Compiled> {
         if let Some((of, compiled)) = &self.compiled
             && of == policy
         {
             return Arc::clone(compiled);
         }
         let compiled = Arc::new(compile(&policy.view, &local_endpoints(policy), &ranges(policy)));
-        self.compiled = Some((policy.clone(), Arc::clone(&compiled)));
+        self.compiled = Some((Arc::clone(policy), Arc::clone(&compiled)));
         compiled
     }
 }

@@ -62,7 +62,8 @@ fn with_pods(links: &[&str]) -> Desired {
         ips: vec![],
     };
     let mut desired = Desired { generation: 1, ..Desired::default() };
-    desired.policy.endpoints = links.iter().map(|link| ((*link).to_owned(), endpoint.clone())).collect();
+    Arc::make_mut(&mut desired.policy).endpoints =
+        links.iter().map(|link| ((*link).to_owned(), endpoint.clone())).collect();
     desired
 }
 

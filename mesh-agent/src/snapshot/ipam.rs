@@ -8,8 +8,13 @@ use mesh_ipam::block::Block;
 use mesh_ipam::catalogue::Catalogue;
 use mesh_ipam::object::HandleKind;
 
+use super::ObjectRef;
+
+/// The IPPools that a pod asks for by annotation, IPv4's and IPv6's, by name or prefix; the first with an address left counts.
+pub type WantedPools = [Vec<String>; 2];
+
 /// Pools, reservations and blocks.
-#[derive(Debug, Clone, PartialEq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Ipam {
     /// There is an IPPool, valid or not: nobody gives addresses of nodes' own prefixes any more.
     pub in_use: bool,
@@ -17,6 +22,8 @@ pub struct Ipam {
     pub catalogue: Catalogue,
     /// A Node or Pod cannot be read, so nobody can tell who is gone.
     pub incomplete: bool,
+    /// Pods that ask for pools of their choice.
+    pub wanted: BTreeMap<ObjectRef, WantedPools>,
     /// The blocks, by prefix.
     pub blocks: BTreeMap<IpNet, BlockView>,
 }

@@ -4,7 +4,9 @@
 mod ipam;
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
+use ebpf_policy::model::NetworkPolicy;
 use mesh_api::status::Issue;
 
 use super::decode::namespace::implied_labels;
@@ -135,7 +137,7 @@ impl<'a> Assembly<'a> {
             node.annotations.clone().into_iter().partition(|(annotation, _)| {
                 keyservice::announcement::ANNOTATIONS.contains(&annotation.as_str())
             });
-        let Node { labels, pod_cidrs, internal_ips, external_ips, .. } = node;
+        let Node { labels, pod_cidrs, internal_ips, external_ips, .. } = &**node;
         let ignored = [
             ("metadata.labels", !labels.is_empty()),
             ("metadata.annotations", !foreign.is_empty()),
@@ -158,13 +160,14 @@ impl<'a> Assembly<'a> {
             match object {
                 Object::Mesh(spec) => mesh = Some(spec),
                 Object::Node(node) => {
-                    cluster.nodes.insert(key.name.clone(), node.clone());
+                    cluster.nodes.insert(key.name.clone(), Arc::clone(node));
                 }
                 Object::Namespace(labels) => {
                     cluster.namespaces.insert(key.name.clone(), labels.clone());
                 }
-                Object::Pod(pod) => {
-                    cluster.pods.insert(key.reference(), pod.clone());
+                Object::Pod(pod, pools) => {
+                    ipam.wanted.extend(pools.as_deref().map(|pools| (key.reference(), pools.clone())));
+                    cluster.pods.insert(key.reference(), Arc::clone(pod));
                 }
                 Object::Service(service) => {
                     cluster.services.insert(key.reference(), service.clone());
@@ -173,12 +176,12 @@ impl<'a> Assembly<'a> {
                 Object::Reservation(reservation) => ipam.reservations.push(reservation.clone()),
                 Object::Block(block) => ipam.blocks.push((**block).clone()),
                 Object::Policy(policy) => {
-                    cluster.policies.insert(key.reference(), policy.clone());
+                    cluster.policies.insert(key.reference(), NetworkPolicy::clone(policy));
                 }
             }
         }
         for (name, (announced, before)) in self.announcements {
-            let node = cluster.nodes.entry(name.to_owned()).or_default();
+            let node = Arc::make_mut(cluster.nodes.entry(name.to_owned()).or_default());
             // Every announcement carries all of them, so what a copied Node object still has is older.
             node.annotations.retain(|key, _| !keyservice::announcement::ANNOTATIONS.contains(&key.as_str()));
             node.annotations.extend(announced);

@@ -18,6 +18,7 @@ mod tests;
 mod unknown;
 
 use std::fmt;
+use std::sync::Arc;
 
 use ebpf_policy::model;
 use ipnet::IpNet;
@@ -29,7 +30,7 @@ use serde_json::Value;
 
 use crate::config::mesh::{MeshConfiguration, MeshConfigurationSpec};
 use crate::names;
-use crate::snapshot::ipam::BlockView;
+use crate::snapshot::ipam::{BlockView, WantedPools};
 use crate::snapshot::{Labels, Node, ObjectRef, Pod, Service};
 use problem::Problems;
 
@@ -175,15 +176,15 @@ pub enum Object {
     /// `spec` of a MeshConfiguration.
     Mesh(Box<MeshConfigurationSpec>),
     /// A Node.
-    Node(Node),
+    Node(Arc<Node>),
     /// A Namespace's labels.
     Namespace(Labels),
     /// A Pod.
-    Pod(Pod),
+    Pod(Arc<Pod>, Option<Box<WantedPools>>),
     /// A Service.
     Service(Service),
     /// A NetworkPolicy, perhaps failing closed.
-    Policy(model::NetworkPolicy),
+    Policy(Box<model::NetworkPolicy>),
     /// An IPPool, not yet judged.
     Pool(catalogue::Object),
     /// An IPReservation, not yet judged.
@@ -209,7 +210,7 @@ impl Decoded {
     pub fn go_on_from(&mut self, before: &Self) {
         match (&mut self.object, &before.object) {
             (Some(Object::Node(now)), Some(Object::Node(before))) => {
-                node::remember(&self.key.name, now, before)
+                node::remember(&self.key.name, now, before);
             }
             (now @ None, before) => now.clone_from(before),
             _ => {}
@@ -237,11 +238,15 @@ fn decode_from(kind: Kind, value: &Value, told: bool) -> Decoded {
             .and_then(|object: MeshConfiguration| mesh::decode(object, problems))
             .map(|spec| Object::Mesh(Box::new(spec))),
         Kind::Node => typed(value, told, problems)
-            .map(|node: core::v1::Node| Object::Node(node::decode(&node, problems))),
+            .map(|node: core::v1::Node| Object::Node(Arc::new(node::decode(&node, problems)))),
         Kind::Namespace => typed(value, told, problems)
             .map(|object: core::v1::Namespace| Object::Namespace(namespace::decode(&object, problems))),
         Kind::Pod => {
-            typed(value, told, problems).map(|pod: core::v1::Pod| Object::Pod(pod::decode(&pod, problems)))
+            let pod: Option<core::v1::Pod> = typed(value, told, problems);
+            pod.map(|pod| {
+                let pools = pod::pools(&pod.metadata);
+                Object::Pod(Arc::new(pod::decode(&key, &pod, problems)), pools)
+            })
         }
         Kind::Service => typed(value, told, problems)
             .map(|service: core::v1::Service| Object::Service(service::decode(&service, problems))),
@@ -254,10 +259,10 @@ fn decode_from(kind: Kind, value: &Value, told: bool) -> Decoded {
             // refuses it too.
             problems.refuse_unknown("spec.");
             let before = problems.first_refusal().map(|p| format!("{}: {}", p.field, p.message));
-            Some(Object::Policy(match (typed, before) {
+            Some(Object::Policy(Box::new(match (typed, before) {
                 (Some(policy), None) => network_policy::decode(&policy, &key.reference(), problems),
                 (_, why) => network_policy::salvage(value, &key.reference(), &why.unwrap_or_default()),
-            }))
+            })))
         }
     };
     let keep = kind == Kind::NetworkPolicy || !found.is_refused();

@@ -155,7 +155,7 @@ impl Manifests {
                 let mut decoded = decode::decode(kind, value);
                 decoded.problems.refuse("apiVersion", "UnknownVersion", why.clone());
                 if let Some(decode::Object::Policy(policy)) = &mut decoded.object {
-                    *policy = decode::network_policy::salvage(value, &decoded.key.reference(), &why);
+                    **policy = decode::network_policy::salvage(value, &decoded.key.reference(), &why);
                 }
                 self.objects.push(decoded);
             }

@@ -1,4 +1,5 @@
-//! `mesh-lab bench`: mesh-datapath beside other userspace WireGuard devices, in one run.
+//! `mesh-lab bench`: mesh-datapath beside other userspace WireGuard devices, in one run, and mesh-agent in a large cluster
+//! ([`scale`]).
 //!
 //! Two hosts with a wire between them ([`bed`]); in each round one [`contestant`] after the other drives the tunnel
 //! between them, and [`tcp`], [`udp`] and [`ping`] measure it; then [`peers`] measures what a thousand of them cost. Ratios are taken within a round, so that a machine that
@@ -74,7 +75,7 @@ pub struct Options {
     #[arg(long, value_enum, value_delimiter = ',')]
     pub parts: Vec<Part>,
     /// Nodes of the large cluster (part `scale`), besides the real one
-    #[arg(long, default_value_t = scale::Size::FULL.nodes)]
+    #[arg(long, default_value_t = scale::Size::FULL.nodes, value_parser = clap::value_parser!(u32).range(1..5000))]
     pub nodes: u32,
     /// How many of them have an agent
     #[arg(long, default_value_t = scale::Size::FULL.agents)]
@@ -135,6 +136,17 @@ impl Options {
 
     fn has(&self, part: Part) -> bool {
         self.parts.is_empty() || self.parts.contains(&part)
+    }
+
+    /// Who names contestants wants to know of them.
+    fn has_scale(&self) -> bool {
+        if self.parts.is_empty() { self.only.is_empty() } else { self.parts.contains(&Part::Scale) }
+    }
+
+    fn size(&self) -> scale::Size {
+        let size = if self.quick { scale::Size::QUICK } else { scale::Size::FULL };
+        let agents = self.agents.clamp(1, self.nodes);
+        scale::Size { nodes: self.nodes, agents, with_pods: size.with_pods.min(agents), ..size }
     }
 
     fn lengths(&self) -> Lengths {
@@ -202,27 +214,34 @@ pub fn run(options: &Options, bins: &Bins) -> Result<()> {
         }
     }
     drop(bed);
+    let size = options.size();
+    let large = options.has_scale().then(|| scale::run(bins, size)).transpose()?;
     conditions.seconds = start.elapsed().as_secs_f64();
     let goals = goals::judge(&record);
-    write_json(options, &report::json(&record, &goals, &conditions))?;
+    let mut json = report::json(&record, &goals, &conditions);
+    if let Some(found) = &large {
+        json["scale"] = scale_json(size, found);
+    }
+    write_json(options, &json)?;
     say!("{}", report::text(&record, &goals, &conditions));
+    if let Some(found) = &large {
+        say!("\n{}", scale::table::text(size, found));
+    }
     say!("\nAll of it: {}. It took {:.0} s.", options.json.display(), conditions.seconds);
     nothing_left(bins, &namespaces)
 }
 
 /// mesh-agent in a large cluster: no tunnel is measured, so nobody else takes part.
 fn run_scale(options: &Options, bins: &Bins) -> Result<()> {
-    let size = if options.quick { scale::Size::QUICK } else { scale::Size::FULL };
-    let size = scale::Size {
-        nodes: options.nodes,
-        agents: options.agents.min(options.nodes),
-        with_pods: size.with_pods.min(options.nodes),
-        ..size
-    };
+    let size = options.size();
     let found = scale::run(bins, size)?;
-    write_json(options, &serde_json::json!({ "size": size, "scale": found }))?;
+    write_json(options, &serde_json::json!({ "scale": scale_json(size, &found) }))?;
     say!("{}", scale::table::text(size, &found));
     Ok(())
+}
+
+fn scale_json(size: scale::Size, found: &scale::Outcome) -> serde_json::Value {
+    serde_json::json!({ "size": size, "found": found })
 }
 
 fn write_json(options: &Options, value: &serde_json::Value) -> Result<()> {
@@ -371,5 +390,20 @@ mod tests {
         let options = options(&[]);
         assert!(options.lengths().rounds >= 5);
         assert!([Part::Tcp, Part::Udp, Part::Ping, Part::Peers].into_iter().all(|part| options.has(part)));
+        assert!(options.has_scale());
+    }
+
+    #[test]
+    fn who_asks_for_contestants_or_other_parts_gets_no_large_cluster() {
+        assert!(!options(&["--only", "margay"]).has_scale());
+        assert!(!options(&["--parts", "tcp,udp"]).has_scale());
+        assert!(options(&["--parts", "tcp,scale"]).has_scale());
+    }
+
+    #[test]
+    fn no_more_agents_follow_pods_than_there_are() {
+        let size = options(&["--nodes", "40", "--agents", "9"]).size();
+        assert_eq!((size.nodes, size.agents, size.with_pods), (40, 9, 9));
+        assert_eq!(options(&["--nodes", "40"]).size().agents, 40);
     }
 }

@@ -13,12 +13,13 @@ const A: &str = "/api/v1/nodes/a";
 const A_STATUS: &str = "/api/v1/nodes/a/status";
 const STATUSES: &str = "/apis/margay.io/v1alpha1/meshnodestatuses";
 
-const OWN: [&str; 5] = [
+const OWN: [&str; 6] = [
     "margay.io/announcement-version",
     "margay.io/keys",
     "margay.io/endpoints",
     "margay.io/capabilities",
     "margay.io/pod-cidrs",
+    "margay.io/announcement-signature",
 ];
 
 /// What an agent applies: all its annotations, or none to take them back.

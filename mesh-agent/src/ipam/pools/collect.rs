@@ -43,7 +43,7 @@ pub(super) fn pods(snapshot: &Snapshot) -> Vec<PodView> {
         namespace: name.namespace.clone(),
         name: name.name.clone(),
         uid: pod.uid.clone().unwrap_or_default(),
-        node: pod.node.clone(),
+        node: pod.node.clone().unwrap_or_default(),
         ips: ips(pod),
         finished: pod.finished,
     });

@@ -7,8 +7,8 @@ fn cluster(pools: &[&str]) -> (Cluster, Snapshot) {
     let (mut cluster, snapshot) = three_nodes();
     cluster.mesh.external = true;
     cluster.mesh.pools = pools.iter().copied().map(net).collect();
-    cluster.pods.insert(pod_name("here"), pod("a", &["10.9.0.5", "fd00:9::5"]));
-    cluster.pods.insert(pod_name("there"), pod("b", &["10.9.0.6", "fd00:9::6"]));
+    add_pod(&mut cluster, "here", pod("a", &["10.9.0.5", "fd00:9::5"]));
+    add_pod(&mut cluster, "there", pod("b", &["10.9.0.6", "fd00:9::6"]));
     (cluster, snapshot)
 }
 
@@ -17,8 +17,8 @@ fn a_peer_owns_every_address_of_its_pods_and_its_own_and_no_prefix() {
     let (mut cluster, snapshot) = cluster(&["10.9.0.0/16", "fd00:9::/64"]);
     let mut host = pod("b", &["192.0.2.2"]);
     host.host_network = true;
-    cluster.pods.insert(pod_name("host"), host);
-    cluster.pods.insert(pod_name("stray"), pod("b", &["8.8.8.8"]));
+    add_pod(&mut cluster, "host", host);
+    add_pod(&mut cluster, "stray", pod("b", &["8.8.8.8"]));
     let planned = plan_of(cluster, snapshot);
     assert_eq!(allowed(&planned, "b"), ["10.9.0.6/32", "192.0.2.2/32", "fd00:9::6/128"]);
     assert_eq!(allowed(&planned, "c"), ["192.0.2.3/32"]);
@@ -28,7 +28,7 @@ fn a_peer_owns_every_address_of_its_pods_and_its_own_and_no_prefix() {
 #[test]
 fn the_others_routes_lead_to_pods_here_and_the_tunnel_to_those_elsewhere() {
     let (mut cluster, snapshot) = cluster(&["10.9.0.0/16", "fd00:9::/64"]);
-    cluster.nodes.get_mut("a").unwrap().pod_cidrs = vec![net("10.9.1.0/24"), net("10.44.0.0/24")];
+    node_mut(&mut cluster, "a").pod_cidrs = vec![net("10.9.1.0/24"), net("10.44.0.0/24")];
     let planned = plan_of(cluster, snapshot);
     for (address, target) in [
         ("10.9.0.5", Some("throw")),
@@ -52,7 +52,7 @@ fn without_ranges_only_what_is_known_goes_into_the_tunnel() {
     let (mut cluster, snapshot) = cluster(&[]);
     cluster.mesh.strict_encryption = false;
     for (name, address) in [("lo", "127.0.0.1"), ("link", "fe80::1"), ("node", "192.0.2.3")] {
-        cluster.pods.insert(pod_name(name), pod("b", &[address]));
+        add_pod(&mut cluster, name, pod("b", &[address]));
     }
     let planned = plan_of(cluster, snapshot);
     assert_eq!(allowed(&planned, "b"), ["10.9.0.6/32", "192.0.2.2/32", "fd00:9::6/128"]);

@@ -92,7 +92,7 @@ prop_compose! {
         flags in 0u8..32,
     ) -> Pod {
         Pod {
-            node,
+            node: Some(node).filter(|node| !node.is_empty()),
             ips,
             host_network: flags == 1,
             finished: flags == 2,
@@ -115,8 +115,9 @@ prop_compose! {
         host in vec(address(), 0..3),
         (rotation, second) in (some_rotation(), any::<bool>()),
     ) -> Snapshot {
+        let nodes = nodes.into_iter().map(|(name, node)| (name, node.into())).collect();
         let mut cluster = Cluster { nodes, ..Cluster::default() };
-        cluster.pods = pods.into_iter().map(|(name, pod)| (pod_name(&name), pod)).collect();
+        pods.into_iter().for_each(|(name, pod)| add_pod(&mut cluster, &name, pod));
         cluster.mesh.pools = pools.iter().map(IpNet::trunc).collect();
         cluster.mesh.strict_encryption = strict;
         let endpoints = endpoints.into_iter().enumerate().map(|(index, (ip, pod, ifindex))| {

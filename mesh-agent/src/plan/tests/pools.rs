@@ -63,7 +63,7 @@ fn a_peer_owns_its_blocks_and_what_it_borrowed_and_no_prefix() {
 #[test]
 fn an_end_of_the_tunnel_is_no_pods() {
     let (mut cluster, snapshot) = cluster();
-    cluster.pods.insert(pod_name("thief"), pod("c", &["10.50.0.17"]));
+    cluster.pods.insert(pod_name("thief"), pod("c", &["10.50.0.17"]).into());
     let planned = plan_of(cluster, snapshot);
     assert_eq!(reasons(&planned), [("Pod/default/thief".to_owned(), "DuplicateAddress".to_owned())]);
 }

@@ -8,7 +8,7 @@ use super::*;
 fn moving() -> (Cluster, Snapshot) {
     let (mut cluster, mut snapshot) = three_nodes();
     for (name, seed) in [("b", 2), ("c", 3)] {
-        announce(cluster.nodes.get_mut(name).unwrap(), &[(4, seed)]);
+        announce(node_mut(&mut cluster, name), &[(4, seed)]);
     }
     snapshot.local.rotation = State { slots: vec![slot(5, 11), slot(4, 1)], ..State::default() };
     snapshot.local.devices = defaults::DEVICES.map(str::to_owned).into();
@@ -40,7 +40,7 @@ fn way(planned: &Planned, address: &str) -> String {
 #[test]
 fn a_peer_is_sent_to_by_the_old_key_until_it_is_moved() {
     let (mut cluster, mut snapshot) = moving();
-    announce(cluster.nodes.get_mut("b").unwrap(), &[(5, 12), (4, 2)]);
+    announce(node_mut(&mut cluster, "b"), &[(5, 12), (4, 2)]);
     let planned = plan_of(cluster.clone(), snapshot.clone());
     assert_eq!(planned.issues, []);
     let at = |port: u16, node: u8| format!("192.0.2.{node}:{port}");
@@ -98,14 +98,14 @@ fn a_key_is_ready_before_it_is_announced_and_receives_after_it_is_no_more() {
 #[test]
 fn a_peer_that_announces_its_old_key_no_more_is_still_received_from() {
     let (mut cluster, mut snapshot) = moving();
-    announce(cluster.nodes.get_mut("b").unwrap(), &[(5, 12)]);
+    announce(node_mut(&mut cluster, "b"), &[(5, 12)]);
     let held = KeyClaim { public_key: key(2), port: 51820, epoch: 4 };
     snapshot.local.rotation.held.insert("b".into(), held.clone());
     let planned = plan_of(cluster.clone(), snapshot.clone());
     assert_eq!(peer(&planned, "margay0", "b"), Some((key(2), "192.0.2.2:51820".into(), false)));
     assert_eq!(way(&planned, "10.244.2.9"), "margay0", "no handshake has shown that the new one works");
     // Somebody else may have it now: it is theirs.
-    announce(cluster.nodes.get_mut("c").unwrap(), &[(4, 2)]);
+    announce(node_mut(&mut cluster, "c"), &[(4, 2)]);
     snapshot.local.rotation.held.insert("b".into(), held);
     let planned = plan_of(cluster, snapshot);
     assert_eq!(peer(&planned, "margay0", "c").unwrap().0, key(2));
@@ -115,7 +115,7 @@ fn a_peer_that_announces_its_old_key_no_more_is_still_received_from() {
 #[test]
 fn a_peer_in_no_common_epoch_is_unreachable_and_told() {
     let (mut cluster, snapshot) = moving();
-    announce(cluster.nodes.get_mut("b").unwrap(), &[(8, 12)]);
+    announce(node_mut(&mut cluster, "b"), &[(8, 12)]);
     let planned = plan_of(cluster, snapshot);
     assert_eq!(reasons(&planned), [("Node/b".into(), "NoCommonEpoch".into())]);
     assert!(planned.issues[0].message.contains("epoch 8 and this node's of 5 and 4"), "{:?}", planned.issues);
@@ -127,7 +127,7 @@ fn a_peer_in_no_common_epoch_is_unreachable_and_told() {
 fn forwarded_ports_come_in_pairs() {
     let (mut cluster, mut snapshot) = moving();
     snapshot.local.endpoints = vec![socket("198.51.100.1:4000")];
-    let b = cluster.nodes.get_mut("b").unwrap();
+    let b = node_mut(&mut cluster, "b");
     announce(b, &[(5, 12), (4, 2)]);
     b.internal_ips.clear();
     b.annotations.insert(ANNOTATION_ENDPOINTS.into(), "198.51.100.2:7001".into());
@@ -136,7 +136,7 @@ fn forwarded_ports_come_in_pairs() {
     let endpoint = |planned: &Planned, device: &str| peer(planned, device, "b").unwrap().1;
     assert_eq!(endpoint(&planned, "margay1"), "198.51.100.2:7001");
     assert_eq!(endpoint(&planned, "margay0"), "198.51.100.2:7000");
-    let b = cluster.nodes.get_mut("b").unwrap();
+    let b = node_mut(&mut cluster, "b");
     b.annotations.insert(crate::plan::ANNOTATION_ENDPOINT_OVERRIDE.into(), "198.51.100.3:80".into());
     let planned = plan_of(cluster, snapshot);
     assert_eq!(endpoint(&planned, "margay1"), "198.51.100.3:81");
@@ -166,6 +166,6 @@ fn what_came_back_of_a_former_key_is_no_other_node() {
     let planned = plan_of(cluster.clone(), snapshot.clone());
     assert_eq!((planned.announcement, planned.own.pod_cidrs.len()), (None, 2));
     assert!(!planned.issues.iter().any(|issue| issue.reason == "NameTaken"), "{:?}", planned.issues);
-    announce(cluster.nodes.get_mut("a").unwrap(), &[(0, 9)]);
+    announce(node_mut(&mut cluster, "a"), &[(0, 9)]);
     assert!(reasons(&plan_of(cluster, snapshot)).contains(&("Node/a".into(), "NameTaken".into())));
 }

@@ -48,7 +48,7 @@ fn three_nodes_make_a_mesh() {
 #[test]
 fn a_peer_that_leaves_becomes_unreachable_and_not_clear_text() {
     let (mut cluster, snapshot) = three_nodes();
-    cluster.nodes.get_mut("b").unwrap().annotations.clear();
+    node_mut(&mut cluster, "b").annotations.clear();
     let planned = plan_of(cluster, snapshot);
     assert!(peers(&planned).keys().eq(["c"]));
     assert_eq!(leads_to(&planned, defaults::TABLE, ip("10.244.2.9")).unwrap(), "unreachable");
@@ -59,7 +59,7 @@ fn a_peer_that_leaves_becomes_unreachable_and_not_clear_text() {
 fn without_strict_encryption_only_our_own_prefixes_are_backed() {
     let (mut cluster, snapshot) = three_nodes();
     cluster.mesh.strict_encryption = false;
-    cluster.nodes.get_mut("b").unwrap().annotations.clear();
+    node_mut(&mut cluster, "b").annotations.clear();
     let planned = plan_of(cluster, snapshot);
     assert_eq!(leads_to(&planned, defaults::TABLE, ip("10.244.2.9")), None);
     assert_eq!(leads_to(&planned, defaults::TABLE_FROM_PODS, ip("192.0.2.2")), None);
@@ -82,11 +82,12 @@ fn pods_away_from_their_nodes_prefix_are_exceptions_and_no_address_has_two_holde
         ("nowhere", "", "10.244.98.1"),
         ("unknown-node", "z", "10.244.98.2"),
     ] {
-        cluster.pods.insert(pod_name(name), pod(on, &[address]));
+        add_pod(&mut cluster, name, pod(on, &[address]));
     }
     let done = Pod { finished: true, ..pod("b", &["10.244.97.1"]) };
     let host = Pod { host_network: true, ..pod("b", &["192.0.2.2"]) };
-    cluster.pods.extend([(pod_name("done"), done), (pod_name("host"), host)]);
+    add_pod(&mut cluster, "done", done);
+    add_pod(&mut cluster, "host", host);
     snapshot.endpoints.insert("mgy1".into(), endpoint("local", &["10.244.1.5", "10.244.2.200"]));
     let planned = plan_of(cluster, snapshot);
     assert_eq!(
@@ -125,7 +126,8 @@ fn pods_away_from_their_nodes_prefix_are_exceptions_and_no_address_has_two_holde
 fn a_running_pod_wins_an_address_over_a_terminating_one() {
     let (mut cluster, snapshot) = three_nodes();
     let old = Pod { terminating: true, ..pod("b", &["10.244.99.1"]) };
-    cluster.pods.extend([(pod_name("a-old"), old), (pod_name("b-new"), pod("c", &["10.244.99.1"]))]);
+    add_pod(&mut cluster, "a-old", old);
+    add_pod(&mut cluster, "b-new", pod("c", &["10.244.99.1"]));
     let planned = plan_of(cluster, snapshot);
     assert!(allowed(&planned, "c").contains(&"10.244.99.1/32".to_owned()));
     assert!(!allowed(&planned, "b").contains(&"10.244.99.1/32".to_owned()));
@@ -135,7 +137,7 @@ fn a_running_pod_wins_an_address_over_a_terminating_one() {
 fn endpoints_come_from_the_operator_then_the_peer_within_its_authority_then_its_node() {
     let endpoint_of_b = |change: &dyn Fn(&mut Node, &mut Local)| {
         let (mut cluster, mut snapshot) = three_nodes();
-        change(cluster.nodes.get_mut("b").unwrap(), &mut snapshot.local);
+        change(node_mut(&mut cluster, "b"), &mut snapshot.local);
         let planned = plan_of(cluster, snapshot);
         let told: Vec<_> = reasons(&planned).into_iter().map(|(_, reason)| reason).collect();
         (peers(&planned)["b"].endpoint.map(|e| e.to_string()), told.join(","))
@@ -199,8 +201,8 @@ fn what_is_missing_of_this_node_is_told_and_harms_nobody() {
 #[test]
 fn a_peer_with_our_key_or_our_prefix_is_refused_by_name() {
     let (mut cluster, snapshot) = three_nodes();
-    cluster.nodes.insert("b".into(), node("b", 1, &["10.244.2.0/24"], &["192.0.2.2"]));
-    cluster.nodes.insert("d".into(), node("d", 4, &["10.245.0.0/24"], &["192.0.2.4"]));
+    cluster.nodes.insert("b".into(), node("b", 1, &["10.244.2.0/24"], &["192.0.2.2"]).into());
+    cluster.nodes.insert("d".into(), node("d", 4, &["10.245.0.0/24"], &["192.0.2.4"]).into());
     let planned = plan_of(cluster, snapshot);
     assert!(peers(&planned).keys().eq(["c"]));
     let told: Vec<_> = reasons(&planned);
@@ -211,7 +213,7 @@ fn a_peer_with_our_key_or_our_prefix_is_refused_by_name() {
 #[test]
 fn an_illegible_announcement_is_told_and_its_node_is_no_peer() {
     let (mut cluster, snapshot) = three_nodes();
-    let b = cluster.nodes.get_mut("b").unwrap();
+    let b = node_mut(&mut cluster, "b");
     b.annotations.insert(keyservice::announcement::ANNOTATION_KEYS.into(), "no json".into());
     let planned = plan_of(cluster, snapshot);
     assert_eq!(reasons(&planned), [("Node/b".into(), "InvalidAnnouncement".into())]);

@@ -42,7 +42,7 @@ fn desired() -> Desired {
         ..NetworkPolicy::default()
     };
     let view = ClusterView {
-        pods: vec![pod("web", "10.1.1.2"), pod("db", "10.1.1.3")],
+        pods: vec![pod("web", "10.1.1.2").into(), pod("db", "10.1.1.3").into()],
         namespaces: [("default".to_owned(), Default::default())].into(),
         policies: vec![deny],
         ..ClusterView::default()
@@ -54,7 +54,7 @@ fn desired() -> Desired {
     ];
     Desired {
         generation: 9,
-        policy: desired::Policy { view, endpoints: endpoints.into(), ..Default::default() },
+        policy: desired::Policy { view, endpoints: endpoints.into(), ..Default::default() }.into(),
         ..Desired::default()
     }
 }
@@ -111,7 +111,7 @@ fn every_device_that_packets_may_leave_by_is_watched() {
     let attached = |ifname: &str, role| Attached { ifindex: 1, ifname: ifname.into(), role };
     let devices = [attached("margay0", Role::Exit(Framing::Ip)), attached("mgyold", Role::Pod)];
     let tunnels = ["margay0".to_owned(), "margay1".to_owned(), "margay9".to_owned()].into();
-    let policy = desired::Policy { tunnels, ..desired().policy };
+    let policy = desired::Policy { tunnels, ..desired::Policy::clone(&desired().policy) };
     let wanting = wanting(&policy, &devices, &links);
     let expected = [
         ("eth0", Role::Exit(Framing::Ethernet)),

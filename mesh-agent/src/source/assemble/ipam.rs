@@ -7,8 +7,8 @@ use mesh_api::status::Issue;
 use mesh_ipam::block::name;
 use mesh_ipam::catalogue::{Catalogue, Object};
 
-use crate::snapshot::Cluster;
-use crate::snapshot::ipam::{BlockView, Ipam};
+use crate::snapshot::ipam::{BlockView, Ipam, WantedPools};
+use crate::snapshot::{Cluster, ObjectRef};
 
 /// What has been found so far.
 #[derive(Default)]
@@ -17,6 +17,7 @@ pub(super) struct Parts {
     pub(super) reservations: Vec<Object>,
     pub(super) blocks: Vec<(IpNet, BlockView)>,
     pub(super) incomplete: bool,
+    pub(super) wanted: BTreeMap<ObjectRef, WantedPools>,
 }
 
 impl Parts {
@@ -41,7 +42,7 @@ impl Parts {
                 });
             }
         }
-        cluster.ipam = Ipam { in_use, catalogue, incomplete: self.incomplete, blocks };
+        cluster.ipam = Ipam { in_use, catalogue, incomplete: self.incomplete, wanted: self.wanted, blocks };
         for range in cluster.ipam.catalogue.pools.iter().map(|pool| pool.cidr) {
             let pools = &mut cluster.mesh.pools;
             if !pools.iter().any(|pool| pool.contains(&range)) {

@@ -1,5 +1,7 @@
 //! Node.
 
+use std::sync::Arc;
+
 use k8s_openapi::api::core::v1;
 use keyservice::Announcement;
 use keyservice::announcement::ANNOTATIONS;
@@ -51,7 +53,7 @@ pub fn decode(node: &v1::Node, problems: &mut Problems) -> Node {
 
 /// Goes on with what the Node of that name announced `before`, where what it announces now is illegible, or signed by somebody
 /// else: a slip of a hand in an annotation is repaired by its agent, and must cost no packet until then. A new UID is another node.
-pub fn remember(name: &str, now: &mut Node, before: &Node) {
+pub fn remember(name: &str, now: &mut Arc<Node>, before: &Node) {
     let legible =
         |annotations: &Labels| matches!(Announcement::from_annotations(name, annotations), Ok(Some(_)));
     let signer = |annotations: &Labels| {
@@ -65,6 +67,7 @@ pub fn remember(name: &str, now: &mut Node, before: &Node) {
     if now.uid != before.uid || !(illegible || foreign) {
         return;
     }
+    let now = Arc::make_mut(now);
     now.announced_before = if legible(&before.annotations) && of_before == expected {
         let announced = before.annotations.iter().filter(|(key, _)| ANNOTATIONS.contains(&key.as_str()));
         announced.map(|(key, value)| (key.clone(), value.clone())).collect()

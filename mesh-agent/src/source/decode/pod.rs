@@ -1,30 +1,33 @@
 //! Pod: the fields that matter to a network. Others (images, volumes …) are not looked at.
 
+use ebpf_policy::model::{NamedPort, Protocol};
 use k8s_openapi::api::core::v1::{self, Container};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
 use super::problem::Problems;
-use super::{cidr, meta};
+use super::{ObjectKey, cidr, meta};
 use crate::names;
 use crate::snapshot::Pod;
+use crate::snapshot::ipam::WantedPools;
 
 /// The annotations that name IPPools, for IPv4 and IPv6.
 pub const POOLS: [&str; 2] = ["margay.io/ipv4pools", "margay.io/ipv6pools"];
 
-/// Converts a Pod.
-pub fn decode(pod: &v1::Pod, problems: &mut Problems) -> Pod {
+/// Converts the Pod of this name.
+pub fn decode(key: &ObjectKey, pod: &v1::Pod, problems: &mut Problems) -> Pod {
     meta::check(&pod.metadata, problems);
     let mut out = Pod {
+        namespace: key.namespace.clone(),
+        name: key.name.clone(),
         uid: meta::uid(&pod.metadata),
         labels: pod.metadata.labels.clone().unwrap_or_default(),
-        pools: pools(&pod.metadata),
         terminating: pod.metadata.deletion_timestamp.is_some(),
         ..Pod::default()
     };
     if let Some(spec) = &pod.spec {
-        out.node = spec.node_name.clone().unwrap_or_default();
-        if !out.node.is_empty() && !names::is_dns_subdomain(&out.node) {
-            problems.invalid("spec.nodeName", format!("{:?} is not a DNS-1123 subdomain", out.node));
+        out.node = spec.node_name.clone().filter(|node| !node.is_empty());
+        if let Some(node) = out.node.as_ref().filter(|node| !names::is_dns_subdomain(node)) {
+            problems.invalid("spec.nodeName", format!("{node:?} is not a DNS-1123 subdomain"));
         }
         out.host_network = spec.host_network.unwrap_or_default();
         for (index, container) in spec.containers.iter().enumerate() {
@@ -43,7 +46,7 @@ pub fn decode(pod: &v1::Pod, problems: &mut Problems) -> Pod {
 
 /// The pools a pod asks for: a list in JSON, as Calico's annotations have it. One that cannot be read names a pool that
 /// cannot be, so that the pod gets no address instead of any.
-fn pools(meta: &ObjectMeta) -> Option<Box<[Vec<String>; 2]>> {
+pub fn pools(meta: &ObjectMeta) -> Option<Box<WantedPools>> {
     let annotations = meta.annotations.as_ref()?;
     let read = |key: &str| {
         let text = annotations.get(key)?;
@@ -60,12 +63,24 @@ fn ports(container: &Container, field: &str, out: &mut Pod, problems: &mut Probl
         if !name.is_empty() && !names::is_port_name(&name) {
             problems.invalid(format!("{field}.name"), format!("{name:?} is not a port name"));
         }
-        let protocol = port.protocol.clone().filter(|p| !p.is_empty()).unwrap_or_else(|| "TCP".into());
-        if !matches!(protocol.as_str(), "TCP" | "UDP" | "SCTP") {
-            problems.invalid(format!("{field}.protocol"), format!("{protocol:?} is none of TCP, UDP, SCTP"));
-        }
+        let protocol = match port.protocol.as_deref() {
+            None | Some("" | "TCP") => Some(Protocol::Tcp),
+            Some("UDP") => Some(Protocol::Udp),
+            Some("SCTP") => Some(Protocol::Sctp),
+            Some(other) => {
+                problems.invalid(format!("{field}.protocol"), format!("{other:?} is none of TCP, UDP, SCTP"));
+                None
+            }
+        };
         match u16::try_from(port.container_port) {
-            Ok(number) if number > 0 => out.ports.push((name, number, protocol)),
+            // Policy can name those that have a name.
+            Ok(number) if number > 0 => {
+                out.ports.extend(protocol.filter(|_| !name.is_empty()).map(|protocol| NamedPort {
+                    name,
+                    protocol,
+                    number,
+                }))
+            }
             _ => problems.invalid(
                 format!("{field}.containerPort"),
                 format!("{} is not in 1-65535", port.container_port),

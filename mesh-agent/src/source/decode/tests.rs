@@ -17,14 +17,14 @@ fn policy(spec: &str) -> NetworkPolicy {
         "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{name: p}}\nspec: {{podSelector: {{}}, {spec}}}"
     );
     match of(Kind::NetworkPolicy, &text) {
-        Object::Policy(policy) => policy,
+        Object::Policy(policy) => *policy,
         other => panic!("{other:?}"),
     }
 }
 
 fn pod(text: &str) -> Pod {
     match of(Kind::Pod, &format!("apiVersion: v1\nkind: Pod\nmetadata: {{name: p}}\n{text}")) {
-        Object::Pod(pod) => pod,
+        Object::Pod(pod, _) => Pod::clone(&pod),
         other => panic!("{other:?}"),
     }
 }
@@ -87,17 +87,14 @@ fn empty_lists_of_peers_and_ports_mean_all_and_selectors_keep_apart() {
 #[test]
 fn a_pods_addresses_ports_and_state_are_read() {
     let pod = pod(
-        "spec:\n  nodeName: node\n  containers:\n  - {name: c, ports: [{containerPort: 80, name: web}, {containerPort: 53, protocol: UDP}]}\n  \
-         initContainers:\n  - {name: once, ports: [{containerPort: 1}]}\n  - {name: sidecar, restartPolicy: Always, ports: [{containerPort: 2}]}\n\
+        "spec:\n  nodeName: node\n  containers:\n  - {name: c, ports: [{containerPort: 80, name: web}, {containerPort: 53, name: dns, protocol: UDP}, {containerPort: 9}]}\n  \
+         initContainers:\n  - {name: once, ports: [{containerPort: 1, name: no}]}\n  - {name: sidecar, restartPolicy: Always, ports: [{containerPort: 2, name: side}]}\n\
          status: {phase: Running, podIP: 10.0.0.1, podIPs: [{ip: 10.0.0.1}, {ip: 'fd00::1'}]}",
     );
     assert_eq!(pod.ips.len(), 2);
-    let ports: Vec<_> = pod
-        .ports
-        .iter()
-        .map(|(name, number, protocol)| (name.as_str(), *number, protocol.as_str()))
-        .collect();
-    assert_eq!(ports, [("web", 80, "TCP"), ("", 53, "UDP"), ("", 2, "TCP")]);
+    let ports: Vec<_> =
+        pod.ports.iter().map(|port| (port.name.as_str(), port.number, port.protocol)).collect();
+    assert_eq!(ports, [("web", 80, Protocol::Tcp), ("dns", 53, Protocol::Udp), ("side", 2, Protocol::Tcp)]);
     assert!(!pod.finished && !pod.terminating && !pod.host_network);
 }
 

@@ -90,7 +90,8 @@ pub struct Outcome {
     pub change_ms: (f64, f64, f64),
     /// CPU seconds of the real agent per change.
     pub change_cpu_s: f64,
-    /// Seconds that the restart of all took, requests a second on average, and in the busiest second.
+    /// Seconds that the restart of all took, requests a second on average, and in the busiest second: lists, gets and writes of the
+    /// kinds that agents read and write. Watches are not among them: they are counted when they end.
     pub restart: (f64, f64, f64),
 }
 
