@@ -69,8 +69,11 @@ impl Collector {
     pub(super) async fn look(&mut self, pools: &Pools, server: &Server) {
         let snapshot = pools.store.current();
         let every = grace(&snapshot).step;
-        let due = self.next.get_or_insert_with(|| Instant::now() + every);
-        if Instant::now() < *due {
+        // Sooner, if `reclaimAfter` is shorter now.
+        let due = Instant::now() + every;
+        let due = self.next.map_or(due, |next| next.min(due));
+        if Instant::now() < due {
+            self.next = Some(due);
             return;
         }
         self.next = Some(Instant::now() + every.mul_f64(rand::rng().random_range(1.0..1.2)));
