@@ -7,6 +7,8 @@ use serde_json::{Value, json};
 use crate::support::{Caller, NAMESPACE, PATIENCE, allowed, install, refused, with_cluster};
 
 const BLOCKS: &str = "/apis/margay.io/v1alpha1/ipblocks";
+/// Two policies refuse it, and either may say so.
+const BOTH: &str = "ValidatingAdmissionPolicy 'margay-agent-o";
 const NAME: &str = "10-50-0-0-29";
 
 fn entry(node: &str) -> Value {
@@ -97,21 +99,13 @@ fn a_token_takes_free_addresses_and_none_of_a_node_that_is_there() {
                 "node a's, which is in the cluster",
                 block(NAME, Some("a"), json!({"3": known})),
             ),
-            (
-                "taking the block",
-                "only if it is nobody's",
-                block(NAME, Some("b"), json!({"0": entry("a"), "3": known})),
-            ),
+            ("taking the block", BOTH, block(NAME, Some("b"), json!({"0": entry("a"), "3": known}))),
             (
                 "letting go",
                 "node a's, which is in the cluster",
                 block(NAME, None, json!({"0": entry("a"), "3": known})),
             ),
-            (
-                "giving away",
-                "only if it is nobody's",
-                block(NAME, Some("c"), json!({"0": entry("a"), "3": known})),
-            ),
+            ("giving away", BOTH, block(NAME, Some("c"), json!({"0": entry("a"), "3": known}))),
             (
                 "another's word",
                 "of its own node only",
@@ -142,6 +136,8 @@ fn a_token_takes_free_addresses_and_none_of_a_node_that_is_there() {
         // What is left by a node that is gone: it goes, and what a node has that is there stays.
         refused("b's in it", "node b's", delete(&a, "10-50-0-8-29"));
         allowed("gone", replace(&a, block("10-50-0-8-29", None, json!({"1": entry("b")}))));
+        let given = block("10-50-0-8-29", Some("b"), json!({"1": entry("b")}));
+        refused("a block for another", "only if it is nobody's", replace(&a, given));
         allowed("nobody's", replace(&b, block("10-50-0-8-29", Some("b"), json!({"1": entry("b")}))));
         allowed("its own", delete(&b, "10-50-0-8-29"));
         allowed("giving back", replace(&b, full(Value::Null)));
