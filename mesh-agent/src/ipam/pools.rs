@@ -69,10 +69,18 @@ impl std::fmt::Debug for Pools {
 /// How it stood after the last turn.
 #[derive(Debug, Clone, Copy, Default)]
 struct Summary {
-    /// Addresses that could be given, and those of them that are.
+    /// Addresses of its own, given or ready.
     held: usize,
     /// Until when addresses are given, since boot.
     until: Option<Duration>,
+}
+
+impl Summary {
+    fn of(allocator: &Allocator, store: &Store) -> Self {
+        let holdings = allocator.holdings();
+        let trust = settings(&store.current()).trust;
+        Self { held: holdings.addresses.len(), until: holdings.confirmed.map(|at| at + trust) }
+    }
 }
 
 /// The right to choose an address.
@@ -202,6 +210,7 @@ impl Pools {
         store.update_local(|local| local.tunnel_addresses = holdings.tunnels.iter().copied().collect());
         let boot = boot().context("boot id")?;
         let allocator = Allocator::new(identity, &boot, holdings, file, settings(&store.current()));
+        let summary = Summary::of(&allocator, &store);
         let pools = Self {
             blocks: ApiBlocks::new(client, store.clone()),
             store,
@@ -209,7 +218,7 @@ impl Pools {
             allocator: AsyncMutex::new(allocator),
             waiting: watch::Sender::new(0),
             changed: Notify::new(),
-            summary: Mutex::default(),
+            summary: Mutex::new(summary),
         };
         Ok(Arc::new(pools))
     }
@@ -234,10 +243,7 @@ impl Pools {
     }
 
     fn sum_up(&self, allocator: &Allocator) {
-        let holdings = allocator.holdings();
-        let trust = settings(&self.store.current()).trust;
-        let (held, until) = (holdings.addresses.len(), holdings.confirmed.map(|at| at + trust));
-        *self.summary.lock().unwrap_or_else(PoisonError::into_inner) = Summary { held, until };
+        *self.summary.lock().unwrap_or_else(PoisonError::into_inner) = Summary::of(allocator, &self.store);
     }
 
     /// Rounds and collections, for ever.

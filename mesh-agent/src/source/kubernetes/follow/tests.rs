@@ -46,6 +46,11 @@ fn gone(code: u16) -> Value {
 
 /// Checks what a follower of nodes tells while the server gives these answers, all of which it asks for.
 async fn tells(answers: Vec<Answer>, expected: &[&str]) {
+    tells_of::<item::Node>(answers, expected).await;
+}
+
+/// The same of another kind.
+async fn tells_of<W: Watched>(answers: Vec<Answer>, expected: &[&str]) {
     let script = Arc::new(Mutex::new(VecDeque::from(answers)));
     let left = script.clone();
     let service = service_fn(move |request: Request<Body>| {
@@ -63,7 +68,7 @@ async fn tells(answers: Vec<Answer>, expected: &[&str]) {
     });
     let (tell, mut heard) = mpsc::channel(64);
     let (_ask, asked) = watch::channel(0);
-    let follower = tokio::spawn(follow::<item::Node>(Client::new(service, "default"), tell, asked));
+    let follower = tokio::spawn(follow::<W>(Client::new(service, "default"), tell, asked));
     let mut lines: Vec<String> = Vec::new();
     while lines.len() < expected.len() || !left.lock().unwrap().is_empty() {
         let next = timeout(Duration::from_secs(30), heard.recv());
@@ -145,6 +150,20 @@ async fn only_a_second_failure_in_a_row_is_told_and_the_first_answer_ends_it() {
         watching(&["resourceVersion=5"], &[("ADDED", node("b", "6"))]),
     ];
     tells(answers, &["all a", "follows", "Forbidden", "follows", "is b"]).await;
+}
+
+#[tokio::test]
+async fn a_kind_that_need_not_be_there_has_no_objects_and_one_that_was_there_is_missed() {
+    const POOLS: &[&str] = &["/apis/margay.io/v1alpha1/ippools?"];
+    tells_of::<item::IpPool>(vec![refused(POOLS, 404)], &["all "]).await;
+    let answers = vec![
+        list(POOLS, &["a"], "5", None),
+        refused(&["resourceVersion=5"], 410),
+        refused(POOLS, 404),
+        refused(POOLS, 404),
+    ];
+    tells_of::<item::IpPool>(answers, &["all a", "NotServed"]).await;
+    tells(vec![refused(LIST, 404), refused(LIST, 404)], &["NotServed"]).await;
 }
 
 #[tokio::test]
