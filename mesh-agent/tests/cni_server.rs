@@ -124,8 +124,9 @@ fn cluster(pods: &[(&str, &[&str])]) -> Cluster {
     };
     let pods = pods.iter().map(|(name, ips)| {
         let ips = ips.iter().map(|ip| ip.parse().unwrap()).collect();
-        let pod = Pod { node: Some("a".into()), ips, ..Pod::default() };
-        (ObjectRef { namespace: "default".into(), name: (*name).into() }, pod.into())
+        let (namespace, name) = ("default".to_owned(), (*name).to_owned());
+        let pod = Pod { namespace, name: name.clone(), node: Some("a".into()), ips, ..Pod::default() };
+        (ObjectRef { namespace: "default".into(), name }, pod.into())
     });
     let pools = vec!["10.1.0.0/16".parse().unwrap(), "fd00:1::/32".parse().unwrap()];
     Cluster {

@@ -11,7 +11,7 @@ const STATUS: &str = r#"{"node":"alpha","version":"0.1.0","uptimeSeconds":5,
   "devices":[],"peers":[],"sources":[],"reconcilers":[],"endpoints":[],
   "issues":[{"object":"Node/b","field":"","reason":"DuplicateKey","message":"it is alpha's"}],
   "rotation":{"phase":"steady","keys":[],"ageSeconds":null,"rotationEpoch":0,"dueSeconds":null,"completed":0,
-    "waiting":[],"blocked":null,"settled":true}}"#;
+    "waiting":[],"blocked":null,"settled":true},"announcementTrust":"admission"}"#;
 
 /// Answers every request on `path` with `status` and `body`, until the test ends.
 fn serve(path: &Path, status: &'static str, body: &'static str) {

@@ -88,7 +88,7 @@ fn empty_lists_of_peers_and_ports_mean_all_and_selectors_keep_apart() {
 fn a_pods_addresses_ports_and_state_are_read() {
     let pod = pod(
         "spec:\n  nodeName: node\n  containers:\n  - {name: c, ports: [{containerPort: 80, name: web}, {containerPort: 53, name: dns, protocol: UDP}, {containerPort: 9}]}\n  \
-         initContainers:\n  - {name: once, ports: [{containerPort: 1, name: no}]}\n  - {name: sidecar, restartPolicy: Always, ports: [{containerPort: 2, name: side}]}\n\
+         initContainers:\n  - {name: once, ports: [{containerPort: 1, name: 'no'}]}\n  - {name: sidecar, restartPolicy: Always, ports: [{containerPort: 2, name: side}]}\n\
          status: {phase: Running, podIP: 10.0.0.1, podIPs: [{ip: 10.0.0.1}, {ip: 'fd00::1'}]}",
     );
     assert_eq!(pod.ips.len(), 2);
