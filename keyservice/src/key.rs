@@ -44,6 +44,32 @@ fn encode_hex(bytes: &[u8; KEY_LEN]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
+/// The coordinates of all points of small order (<https://cr.yp.to/ecdh.html#validate>): 0, 1, the two of order 8, p - 1, and p
+/// and p + 1, which are 0 and 1 again. A thousand nodes' keys are looked at with every plan, so none of them is multiplied.
+const LOW_ORDER: [[u8; KEY_LEN]; 7] = [
+    by_ends(0, 0, 0),
+    by_ends(1, 0, 0),
+    [
+        0xe0, 0xeb, 0x7a, 0x7c, 0x3b, 0x41, 0xb8, 0xae, 0x16, 0x56, 0xe3, 0xfa, 0xf1, 0x9f, 0xc4, 0x6a, 0xda,
+        0x09, 0x8d, 0xeb, 0x9c, 0x32, 0xb1, 0xfd, 0x86, 0x62, 0x05, 0x16, 0x5f, 0x49, 0xb8, 0x00,
+    ],
+    [
+        0x5f, 0x9c, 0x95, 0xbc, 0xa3, 0x50, 0x8c, 0x24, 0xb1, 0xd0, 0xb1, 0x55, 0x9c, 0x83, 0xef, 0x5b, 0x04,
+        0x44, 0x5c, 0xc4, 0x58, 0x1c, 0x8e, 0x86, 0xd8, 0x22, 0x4e, 0xdd, 0xd0, 0x9f, 0x11, 0x57,
+    ],
+    by_ends(0xec, 0xff, 0x7f),
+    by_ends(0xed, 0xff, 0x7f),
+    by_ends(0xee, 0xff, 0x7f),
+];
+
+/// A coordinate by its least byte, those between, and its highest.
+const fn by_ends(first: u8, between: u8, last: u8) -> [u8; KEY_LEN] {
+    let mut coordinate = [between; KEY_LEN];
+    coordinate[0] = first;
+    coordinate[KEY_LEN - 1] = last;
+    coordinate
+}
+
 /// A peer's public key: a point on Curve25519 (RFC 7748).
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PublicKey([u8; KEY_LEN]);
@@ -72,8 +98,10 @@ impl PublicKey {
     /// True for the points of small order, whose Diffie-Hellman result does not depend on the other
     /// side's secret (RFC 7748 section 6.1: the all-zero output).
     pub fn is_low_order(&self) -> bool {
-        let probe = StaticSecret::from([0x5a; KEY_LEN]);
-        !probe.diffie_hellman(&x25519_dalek::PublicKey::from(self.0)).was_contributory()
+        let mut coordinate = self.0;
+        // The highest bit does not count (RFC 7748 section 5).
+        coordinate[KEY_LEN - 1] &= 0x7f;
+        LOW_ORDER.contains(&coordinate)
     }
 }
 
@@ -204,5 +232,42 @@ impl PresharedKey {
 impl fmt::Debug for PresharedKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("PresharedKey(redacted)")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// By what it means: the result of Diffie-Hellman does not depend on the secret.
+    fn contributes_nothing(key: &PublicKey) -> bool {
+        let probe = StaticSecret::from([0x5a; KEY_LEN]);
+        !probe.diffie_hellman(&x25519_dalek::PublicKey::from(key.0)).was_contributory()
+    }
+
+    #[test]
+    fn the_points_of_small_order_are_those_that_contribute_nothing() {
+        for coordinate in LOW_ORDER {
+            for highest in [0, 0x80] {
+                let mut bytes = coordinate;
+                bytes[KEY_LEN - 1] |= highest;
+                let key = PublicKey(bytes);
+                assert!(key.is_low_order() && contributes_nothing(&key), "{key}");
+                // Its neighbours are ordinary, but for those that are on the list themselves.
+                bytes[1] ^= 1;
+                let near = PublicKey(bytes);
+                assert_eq!(near.is_low_order(), contributes_nothing(&near), "{near}");
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_key_is_judged_as_diffie_hellman_does(bytes: [u8; KEY_LEN]) {
+            let key = PublicKey(bytes);
+            prop_assert_eq!(key.is_low_order(), contributes_nothing(&key));
+        }
     }
 }

@@ -16,6 +16,7 @@ pub mod ipam;
 pub mod kernel_events;
 pub mod kubernetes;
 pub mod learned;
+pub mod memory;
 pub mod metrics;
 pub mod names;
 pub mod notify;

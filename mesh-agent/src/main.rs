@@ -42,6 +42,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    mesh_agent::memory::frugal();
     let arguments = Arguments::parse();
     match start(&arguments) {
         Ok(code) => code,

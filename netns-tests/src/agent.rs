@@ -14,6 +14,9 @@ use crate::host::Host;
 use crate::http::exchange;
 use crate::wait;
 
+/// For an answer. One that reads everything again from a busy API server takes its time.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 /// The agent of one host.
 #[derive(Debug, Clone)]
 pub struct Agent {
@@ -35,7 +38,7 @@ impl Agent {
     /// The metrics of the agent in this network namespace.
     pub fn metrics() -> Result<String> {
         let mut stream = TcpStream::connect(METRICS_ADDRESS).context("connect to the metrics")?;
-        stream.set_read_timeout(Some(Duration::from_secs(20))).context("set time-out")?;
+        stream.set_read_timeout(Some(PATIENCE)).context("set time-out")?;
         let body = exchange(&mut stream, "GET", "/metrics", None)?.good()?;
         Ok(String::from_utf8_lossy(&body).into_owned())
     }
@@ -101,6 +104,6 @@ impl Agent {
 
 fn request(socket: &Path, method: &str, path: &str) -> Result<Vec<u8>> {
     let mut stream = UnixStream::connect(socket).with_context(|| format!("connect {}", socket.display()))?;
-    stream.set_read_timeout(Some(Duration::from_secs(20))).context("set time-out")?;
+    stream.set_read_timeout(Some(PATIENCE)).context("set time-out")?;
     exchange(&mut stream, method, path, None)?.good()
 }

@@ -67,6 +67,7 @@ impl KubernetesSource {
         let mut not_before = Instant::now();
         let mut waiting: Vec<SyncRequest> = Vec::new();
         let mut missing: Vec<Kind> = Vec::new();
+        let mut listed = false;
         loop {
             let at = due.map(|(quiet, limit)| quiet.min(limit).max(not_before));
             tokio::select! {
@@ -83,6 +84,7 @@ impl KubernetesSource {
                         missing.retain(|other| *other != kind);
                     }
                     let now = Instant::now();
+                    listed |= matches!(what, Heard::All(_));
                     if shelf.take(kind, what) {
                         let limit = due.map_or(now + LONGEST_BURST, |(_, limit)| limit);
                         due = Some((now + QUIET, limit));
@@ -99,6 +101,9 @@ impl KubernetesSource {
                 () = sleep_until(at.unwrap_or(not_before)), if at.is_some() => {
                     let now = Instant::now();
                     self.report(&shelf);
+                    if std::mem::take(&mut listed) && shelf.is_whole() {
+                        crate::memory::give_back();
+                    }
                     (due, not_before) = (None, after(now));
                 }
                 Some(ended) = followers.join_next() => {
